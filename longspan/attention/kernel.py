@@ -1,0 +1,25 @@
+"""Which attention kernel serves which device."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longspan.attention import cpu, reference
+from longspan.attention.state import AttentionState
+
+
+class Kernel(Protocol):
+    """Attention of q [T, H, D] over k, v [S, G, D] on one device, as a float32 state.
+
+    With `causal`, T equals S and query t sees keys 0 to t. No queries and no keys are normal.
+    """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False
+    ) -> AttentionState: ...
+
+
+def kernel_for(device: torch.device) -> Kernel:
+    """The kernel for a device; off the CPU that is for now the reference, exact but slow."""
+    return cpu.attention if device.type == "cpu" else reference.attention

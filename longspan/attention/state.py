@@ -1,0 +1,62 @@
+"""Attention states: the result of some queries over some of the keys, and how two become one.
+
+Shape letters everywhere in Longspan: T tokens in a rank's packed batch, S keys, H query heads,
+G key/value heads, D head size, P page size, L layers, R ranks, B requests.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class AttentionState:
+    """Attention of T queries over some keys: `out` [T, H, D] and `lse` [T, H], both float32.
+
+    `out` is the softmax-weighted mean of the values; `lse` is the natural log of the sum of the
+    exponentials of the scaled scores. Over no keys, the state is `(0, -inf)`.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    @classmethod
+    def empty(
+        cls, tokens: int, heads: int, head_dim: int, device: torch.device
+    ) -> "AttentionState":
+        """The identity of `merge`: attention over no keys."""
+        return cls(
+            torch.zeros(tokens, heads, head_dim, dtype=torch.float32, device=device),
+            torch.full((tokens, heads), -torch.inf, dtype=torch.float32, device=device),
+        )
+
+    def __getitem__(self, rows: slice) -> "AttentionState":
+        """The state of some of the queries; a view."""
+        return AttentionState(self.out[rows], self.lse[rows])
+
+    def absorb(self, other: "AttentionState") -> None:
+        """Merge `other`, of the same queries, into this state in place."""
+        merged = merge(self, other)
+        self.out.copy_(merged.out)
+        self.lse.copy_(merged.lse)
+
+
+def merge(first: AttentionState, second: AttentionState) -> AttentionState:
+    """Attention of the same queries over both sets of keys, which must have no key in common.
+
+    Associative and commutative up to rounding, with identity `(0, -inf)`; never makes a NaN, also
+    for two empty states. This is the one operation of blockwise (arXiv 2305.19370), ring
+    (arXiv 2310.01889) and tree attention (arXiv 2408.04093):
+    `lse = log(exp(lse_1) + exp(lse_2))`, `out = sum_i exp(lse_i - lse) out_i`.
+    """
+    lse = torch.logaddexp(first.lse, second.lse)
+    return AttentionState(_share(first, lse) + _share(second, lse), lse)
+
+
+def _share(state: AttentionState, lse: Tensor) -> Tensor:
+    # An empty state weighs nothing whatever its `out` holds: -inf minus -inf and 0 times NaN
+    # would both be NaN.
+    empty = state.lse == -torch.inf
+    weight = torch.exp(state.lse - lse).masked_fill(empty, 0.0)
+    return (state.out * weight.unsqueeze(-1)).masked_fill(empty.unsqueeze(-1), 0.0)

@@ -1,0 +1,158 @@
+"""One frozen configuration of an engine. Command-line options are derived from its fields."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from longspan.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Strategy = Literal["auto", "pass_kv", "gather_kv", "pass_q"]
+Backend = Literal["mp", "uni"]
+
+
+def _option(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that is fixed for the life of an engine.
+
+    Names are vLLM's where the meaning is the same. Sizes are in tokens unless the name says bytes.
+
+    Raises:
+        ConfigError: a value is outside its limits; the message names field, value and limit.
+    """
+
+    model: str = dataclasses.field(
+        metadata={"help": "Path of a Hugging Face model folder, or its id on the hub."}
+    )
+    tokenizer: str | None = _option(None, "Path or id of the tokenizer, if not the model's own.")
+    revision: str | None = _option(None, "Branch, tag or commit of a model on the hub.")
+    trust_remote_code: bool = _option(False, "Run Python code that comes with the model.")
+    dtype: Dtype = _option(
+        "auto", "Number type of weights and KV cache; 'auto' takes the model's own."
+    )
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "Kind of device, one for each rank; 'auto' takes cuda where there is one."
+    )
+    context_parallel_size: int = _option(
+        1, "Number of ranks: worker processes, each with one device, that share long contexts."
+    )
+    max_model_len: int | None = _option(
+        None, "Longest context (prompt and output); the model's own limit if not given."
+    )
+    kv_cache_tokens: int | tuple[int, ...] | None = _option(
+        None, "Capacity of each rank's KV pool: one number, or one for each rank."
+    )
+    kv_cache_memory_bytes: int | None = _option(
+        None, "Size of each rank's KV pool in bytes, instead of kv_cache_tokens."
+    )
+    gpu_memory_utilization: float | None = _option(
+        None,
+        "Fraction of a device's memory that weights and KV pool may fill, if neither size is "
+        "given (default 0.9); on CPU the fraction of the host's free memory that all KV pools "
+        "together may fill (default 0.5).",
+    )
+    page_size: int = _option(16, "Tokens in one page of the KV pool.")
+    max_num_batched_tokens: int = _option(
+        2048, "Most tokens that one rank computes in one step; longer prompts go in chunks."
+    )
+    max_num_seqs: int = _option(256, "Most requests that run at the same time.")
+    min_tokens_per_rank: int = _option(
+        1024, "A prompt is spread over one more rank for each so many tokens."
+    )
+    attention_strategy: Strategy = _option(
+        "auto", "How ranks share attention; 'auto' picks for each request and step."
+    )
+    distributed_executor_backend: Backend | None = _option(
+        None, "'mp': one process for each rank; 'uni': all in this one. Default: mp from 2 ranks."
+    )
+    seed: int = _option(0, "Seed of the requests that bring none of their own.")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> "EngineConfig":
+        """Make a config from keyword options; an unknown one is refused with the nearest name."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known options: {known}"
+                raise ConfigError(f"unknown option {name}={options[name]!r}; {hint}")
+        if isinstance(options.get("kv_cache_tokens"), list):
+            options["kv_cache_tokens"] = tuple(options["kv_cache_tokens"])
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "context_parallel_size",
+            "max_model_len",
+            "kv_cache_memory_bytes",
+            "page_size",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "min_tokens_per_rank",
+        ):
+            self._check_at_least_one(name, getattr(self, name))
+        self._check_choices()
+        self._check_kv_capacity()
+
+    @property
+    def num_ranks(self) -> int:
+        return self.context_parallel_size
+
+    @property
+    def executor(self) -> Backend:
+        return self.distributed_executor_backend or ("mp" if self.num_ranks > 1 else "uni")
+
+    def kv_cache_tokens_of(self, rank: int) -> int | None:
+        """Capacity asked for on one rank in tokens, or None if it follows from memory."""
+        if isinstance(self.kv_cache_tokens, tuple):
+            return self.kv_cache_tokens[rank]
+        return self.kv_cache_tokens
+
+    def _check_at_least_one(self, name: str, value: object) -> None:
+        if value is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("dtype", get_args(Dtype)),
+            ("device", ("auto", "cpu", "cuda")),
+            ("attention_strategy", get_args(Strategy)),
+            ("distributed_executor_backend", (None, *get_args(Backend))),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {choices}")
+
+    def _check_kv_capacity(self) -> None:
+        given = [
+            name
+            for name in ("kv_cache_tokens", "kv_cache_memory_bytes", "gpu_memory_utilization")
+            if getattr(self, name) is not None
+        ]
+        if len(given) > 1:
+            raise ConfigError(f"{given[0]} and {given[1]} contradict each other; give only one")
+        fraction = self.gpu_memory_utilization
+        if fraction is not None and not 0 < fraction <= 1:
+            raise ConfigError(f"gpu_memory_utilization={fraction!r} must be above 0 and at most 1")
+        if isinstance(self.kv_cache_tokens, Sequence):
+            if len(self.kv_cache_tokens) != self.num_ranks:
+                raise ConfigError(
+                    f"kv_cache_tokens={list(self.kv_cache_tokens)} names "
+                    f"{len(self.kv_cache_tokens)} ranks; context_parallel_size={self.num_ranks}"
+                )
+            capacities: tuple[int | None, ...] = self.kv_cache_tokens
+        else:
+            capacities = (self.kv_cache_tokens,)
+        for capacity in capacities:
+            self._check_at_least_one("kv_cache_tokens", capacity)
+            if capacity is not None and capacity < self.page_size:
+                raise ConfigError(
+                    f"kv_cache_tokens={capacity} is less than one page (page_size={self.page_size})"
+                )

@@ -1,0 +1,142 @@
+"""The nouns that travel between the engine and its ranks. Plain data, no tensors.
+
+A *step* runs a few new tokens of several requests, each request's tokens on one or more ranks.
+A plan tells one rank what it computes in one step, and which shares the other ranks hold of the
+requests that it has a part in, so that every rank takes every branch alike.
+"""
+
+from typing import Literal
+
+import msgspec
+
+Strategy = Literal["local", "pass_kv", "gather_kv", "pass_q"]
+
+
+class Run(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive positions `start .. start + length - 1` of one request."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive pages `start .. start + length - 1` of one rank's pool."""
+
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+class Shard(msgspec.Struct, frozen=True, array_like=True):
+    """One rank's share of one request in one step.
+
+    `queries` are the positions whose queries the rank computes. The rank's keys and values are
+    `cached` tokens that precede every query of the step, followed by `keys`; positions ascend.
+    """
+
+    rank: int
+    queries: tuple[Run, ...]
+    cached: int
+    keys: tuple[Run, ...]
+
+    @property
+    def num_queries(self) -> int:
+        return sum(run.length for run in self.queries)
+
+    @property
+    def num_keys(self) -> int:
+        return self.cached + sum(run.length for run in self.keys)
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """One request in one step: how its attention is shared, and every rank's share of it."""
+
+    request_id: str
+    strategy: Strategy
+    shards: tuple[Shard, ...]
+
+    def shard(self, rank: int) -> Shard:
+        """The share of one rank; an empty one if it has none."""
+        for shard in self.shards:
+            if shard.rank == rank:
+                return shard
+        return Shard(rank, (), 0, ())
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """How to draw the token that follows one row of a rank's packed batch.
+
+    `position` is the position that the drawn token will have; with `seed` it fixes the random
+    draw. `output_counts` and `prompt_ids` are filled only where penalties are asked for,
+    `banned_ids` only while `min_tokens` forbids the end.
+    """
+
+    request_id: str
+    row: int
+    seed: int
+    position: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    prompt_ids: tuple[int, ...] = ()
+    output_counts: dict[int, int] = {}
+    banned_ids: tuple[int, ...] = ()
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """A segment as one rank sees it: with the pages that hold the rank's own keys, in order.
+
+    The rank's queries of all its parts, in the parts' order, are its packed batch.
+    """
+
+    segment: Segment
+    extents: tuple[Extent, ...]
+
+
+class RankPlan(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank does in one step. `token_ids` are its packed batch, in its parts' order."""
+
+    token_ids: tuple[int, ...]
+    parts: tuple[Part, ...]
+    samplings: tuple[Sampling, ...]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+    rank: int
+
+
+class Sampled(msgspec.Struct, frozen=True, array_like=True):
+    """The token drawn for one request, the drawn token's logprob first if they were asked for."""
+
+    request_id: str
+    token_id: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Traffic(msgspec.Struct, array_like=True):
+    """Messages sent to other ranks and their bytes."""
+
+    calls: int = 0
+    messages: int = 0
+    bytes: int = 0
+
+
+class RankResult(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank gives back: drawn tokens, and what it sent for each strategy."""
+
+    sampled: tuple[Sampled, ...]
+    traffic: dict[str, Traffic]

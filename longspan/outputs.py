@@ -1,0 +1,80 @@
+"""What a request gives back. Fields have vLLM's names and meanings."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Natural-log probability of one token under the model, before penalties and temperature.
+
+    `rank` is 1 for the likeliest token of the vocabulary.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One of the `n` completions of a request.
+
+    `finish_reason` is "stop" (end-of-sequence token, stop token or stop string), "length"
+    (`max_tokens` or the longest possible context), "abort", "error", or None while it runs.
+    `stop_reason` is the stop string or stop token id that ended it, None for end-of-sequence.
+    `logprobs[i]` maps token ids to their Logprob at output position i.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times in seconds on the clock of `time.monotonic()`; of the first completion for n > 1.
+
+    `kv_tokens[r]` is how many of the request's tokens had their K and V on rank r at its end.
+    """
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_generation_tokens: int = 0
+    num_preemptions: int = 0
+    kv_tokens: list[int] = field(default_factory=list)
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token, or None before it."""
+        if self.first_token_time is None:
+            return None
+        return self.first_token_time - self.arrival_time
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Mean seconds for each token after the first, or None for fewer than two tokens."""
+        if self.finished_time is None or self.first_token_time is None:
+            return None
+        if self.num_generation_tokens < 2:
+            return None
+        return (self.finished_time - self.first_token_time) / (self.num_generation_tokens - 1)
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The outputs of one prompt; `error` tells why it was refused, if it was."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    error: str | None = None

@@ -1,0 +1,166 @@
+"""One exchange: the segments of a step that share one strategy, in one layer, on one rank."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from longspan.attention.kernel import Kernel
+from longspan.attention.state import AttentionState
+from longspan.engine.plan import Segment
+from longspan.parallel.blockwise import Blocks, attend
+from longspan.parallel.tiles import Tile, tiles
+from longspan.parallel.transport import Message, Transport, Wait
+
+Job = Generator[None, None, list[AttentionState]]
+"""A strategy at work: it yields once, when its first messages are under way, so that the caller
+can compute meanwhile, and returns a state for each segment's own queries."""
+
+
+class Exchange:
+    """What this rank knows of the segments before any layer runs: sizes and who sees what."""
+
+    def __init__(self, segments: Sequence[Segment], transport: Transport) -> None:
+        self.segments = segments
+        self.transport = transport
+        self.rank = transport.rank
+        self._tiles: dict[tuple[int, int, int], list[Tile]] = {}
+        self._travellers: dict[tuple[int, int], list[int]] = {}
+
+    @cached_property
+    def ranks(self) -> list[int]:
+        """The ranks with a share in any of the segments, ascending."""
+        return sorted({shard.rank for segment in self.segments for shard in segment.shards})
+
+    @cached_property
+    def others(self) -> list[int]:
+        return [rank for rank in self.ranks if rank != self.rank]
+
+    def num_queries(self, index: int, rank: int) -> int:
+        return self.segments[index].shard(rank).num_queries
+
+    def num_keys(self, index: int, rank: int) -> int:
+        return self.segments[index].shard(rank).num_keys
+
+    def seeing(self, queries_on: int, keys_on: int) -> list[int]:
+        """The segments with queries on one rank and keys on another, by index."""
+        return [
+            index
+            for index in range(len(self.segments))
+            if self.num_queries(index, queries_on) and self.num_keys(index, keys_on)
+        ]
+
+    def tiles(self, index: int, queries_on: int, keys_on: int) -> list[Tile]:
+        key = (index, queries_on, keys_on)
+        if key not in self._tiles:
+            segment = self.segments[index]
+            self._tiles[key] = tiles(segment.shard(queries_on), segment.shard(keys_on))
+        return self._tiles[key]
+
+    def travellers(self, origin: int, hop: int) -> list[int]:
+        """The segments whose keys on `origin` make hop number `hop` of a ring over `ranks`.
+
+        Those that go furthest come first: keys go no further than the last rank that has queries
+        for them, so a block is cut from its end as it travels.
+        """
+        key = (origin, hop)
+        if key not in self._travellers:
+            reach = {
+                index: self._reach(index, origin)
+                for index in range(len(self.segments))
+                if self.num_keys(index, origin)
+            }
+            going = [index for index in reach if reach[index] >= hop]
+            self._travellers[key] = sorted(going, key=lambda index: (-reach[index], index))
+        return self._travellers[key]
+
+    def num_travelling(self, origin: int, hop: int) -> int:
+        """How many tokens' keys of `origin` make hop number `hop`."""
+        return sum(self.num_keys(index, origin) for index in self.travellers(origin, hop))
+
+    def _reach(self, index: int, origin: int) -> int:
+        ring, start = self.ranks, self.ranks.index(origin)
+        hops = range(1, len(ring))
+        return max(
+            (hop for hop in hops if self.num_queries(index, ring[(start + hop) % len(ring)])),
+            default=0,
+        )
+
+
+@dataclass(frozen=True)
+class LayerExchange:
+    """An exchange in one layer: this rank's tensors of each segment, and the arithmetic on them.
+
+    `queries[i]` is [T_i, H, D]; `keys[i]` the blocks [S, 2, G, D] of this rank's share; empty
+    tensors where the rank has none. `like` is any tensor of the messages' dtype and device.
+    """
+
+    exchange: Exchange
+    queries: Sequence[Tensor]
+    keys: Sequence[Blocks]
+    kernel: Kernel
+    scale: float
+    shape: tuple[int, int, int]
+    like: Tensor
+
+    def send(self, label: str, sends: Sequence[Message], receives: Sequence[Message]) -> Wait:
+        return self.exchange.transport.exchange(label, sends, receives)
+
+    def empty_states(self) -> list[AttentionState]:
+        return [self.empty_state(len(q)) for q in self.queries]
+
+    def empty_state(self, tokens: int) -> AttentionState:
+        heads, _, head_dim = self.shape
+        return AttentionState.empty(tokens, heads, head_dim, self.like.device)
+
+    def empty_queries(self, tokens: int) -> Tensor:
+        heads, _, head_dim = self.shape
+        return self.like.new_empty(tokens, heads, head_dim)
+
+    def empty_keys(self, tokens: int) -> Tensor:
+        _, kv_heads, head_dim = self.shape
+        return self.like.new_empty(tokens, 2, kv_heads, head_dim)
+
+    def pack_keys(self, indices: Sequence[int]) -> Tensor:
+        """This rank's keys and values of some segments, one after the other [S, 2, G, D]."""
+        blocks = [block for index in indices for block in self.keys[index]]
+        if len(blocks) == 1:
+            return blocks[0].contiguous()
+        return torch.cat(blocks) if blocks else self.empty_keys(0)
+
+    def pack_queries(self, indices: Sequence[int]) -> Tensor:
+        """This rank's queries of some segments, one after the other [T, H, D]."""
+        queries = [self.queries[index] for index in indices]
+        return torch.cat(queries) if queries else self.empty_queries(0)
+
+    def attend(
+        self,
+        index: int,
+        state: AttentionState,
+        q: Tensor,
+        queries_on: int,
+        keys: Blocks,
+        keys_on: int,
+    ) -> None:
+        """Merge one segment's attention into `state`: queries of one rank, keys of another."""
+        found = self.exchange.tiles(index, queries_on, keys_on)
+        attend(state, q, keys, found, self.kernel, self.scale)
+
+    def absorb_own(self, states: Sequence[AttentionState]) -> None:
+        """Merge attention of this rank's queries over its own keys into `states`."""
+        rank = self.exchange.rank
+        for index in self.exchange.seeing(rank, rank):
+            q = self.queries[index]
+            self.attend(index, states[index], q, rank, self.keys[index], rank)
+
+    def absorb_block(
+        self, states: Sequence[AttentionState], block: Tensor, indices: Sequence[int], origin: int
+    ) -> None:
+        """Merge attention over another rank's packed keys of the segments `indices`."""
+        rank = self.exchange.rank
+        sizes = [self.exchange.num_keys(index, origin) for index in indices]
+        for index, keys in zip(indices, torch.split(block, sizes), strict=True):
+            if len(self.queries[index]):
+                self.attend(index, states[index], self.queries[index], rank, [keys], origin)
