@@ -90,6 +90,9 @@ class ThreadTransport(Transport):
         super().__init__(rank, len(mailboxes))
         self._mailboxes = mailboxes
         self._stopped = stopped
+        self._expected = [0] * len(mailboxes)
+        self._num_arrived = [0] * len(mailboxes)
+        self._arrived: list[dict[int, Tensor]] = [{} for _ in mailboxes]
 
     @classmethod
     def connect(cls, size: int) -> list["ThreadTransport"]:
@@ -107,13 +110,27 @@ class ThreadTransport(Transport):
         for peer, tensor in sends:
             self._mailboxes[self.rank][peer].put(tensor.clone())
 
+        # Messages are matched in the order in which receives were started, not waited for.
+        tickets = [self._ticket(peer) for peer, _ in receives]
+
         def wait() -> None:
-            for peer, tensor in receives:
-                tensor.copy_(self._take(peer))
+            for (peer, tensor), ticket in zip(receives, tickets, strict=True):
+                tensor.copy_(self._take(peer, ticket))
 
         return wait
 
-    def _take(self, peer: int) -> Tensor:
+    def _ticket(self, peer: int) -> int:
+        self._expected[peer] += 1
+        return self._expected[peer] - 1
+
+    def _take(self, peer: int, ticket: int) -> Tensor:
+        arrived = self._arrived[peer]
+        while ticket not in arrived:
+            arrived[self._num_arrived[peer]] = self._next(peer)
+            self._num_arrived[peer] += 1
+        return arrived.pop(ticket)
+
+    def _next(self, peer: int) -> Tensor:
         while not self._stopped.is_set():
             try:
                 return self._mailboxes[peer][self.rank].get(timeout=0.05)

@@ -1,0 +1,178 @@
+"""The engine: schedule, execute, update."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from longspan.config import EngineConfig
+from longspan.cost.strategy import KVShape
+from longspan.engine.completion import Group
+from longspan.engine.detokenizer import Detokenizer
+from longspan.engine.executor import Executor
+from longspan.engine.ledger import Ledger
+from longspan.engine.plan import Traffic
+from longspan.engine.request import Request
+from longspan.engine.scheduler import Scheduler
+from longspan.errors import InvalidRequestError
+from longspan.models import ModelSpec
+from longspan.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SEED_STEP = 0x9E3779B97F4A7C15
+_SEED_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class KVUsage:
+    """Pages of one rank's pool."""
+
+    used: int
+    total: int
+
+
+class Engine:
+    """Serves requests over the ranks of an executor, a step at a time."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        executor: Executor,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+    ) -> None:
+        self.config = config
+        self.spec = spec
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self.ledger = Ledger(executor.num_pages, config.page_size)
+        self.scheduler = Scheduler(config, self.ledger, KVShape.of(spec))
+        self.traffic: dict[str, Traffic] = {}
+        self._groups: dict[str, Group] = {}
+        self._numbers = itertools.count()
+
+    def step(self) -> list[Group]:
+        """Run one step; returns the groups that drew a token in it."""
+        step = self.scheduler.schedule()
+        results = self.executor.execute(step.plans)
+        drawn = self.scheduler.update(step, results.values())
+        self._count(result.traffic for result in results.values())
+        return self._groups_of(drawn)
+
+    @property
+    def has_requests(self) -> bool:
+        return self.scheduler.has_requests
+
+    @property
+    def context_limit(self) -> int:
+        """The longest context in tokens, prompt and output: the model's or all pools' limit."""
+        return min(self.spec.max_model_len, self.ledger.num_tokens)
+
+    @property
+    def kv_usage(self) -> list[KVUsage]:
+        """How full each rank's pool is."""
+        return [
+            KVUsage(self.ledger.num_used(rank), total)
+            for rank, total in enumerate(self.ledger.num_pages)
+        ]
+
+    def add_request(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        request_id: str | None = None,
+    ) -> Group:
+        """Check a request and queue it; nothing is computed before the next step.
+
+        Raises:
+            InvalidRequestError: prompt or parameters can't be served; names field, value, limit.
+        """
+        self.check(prompt_token_ids, params)
+        number = next(self._numbers)
+        request_id = str(number) if request_id is None else request_id
+        if request_id in self._groups:
+            raise InvalidRequestError(f"request_id={request_id!r} is already running")
+        seed = params.seed if params.seed is not None else self.config.seed + number
+        requests = [
+            self._request(f"{request_id}/{index}", prompt_token_ids, params, seed + index)
+            for index in range(params.n)
+        ]
+        group = Group(request_id, prompt, list(prompt_token_ids), requests, self.tokenizer)
+        self._groups[request_id] = group
+        for request in requests:
+            self.scheduler.add(request)
+        return group
+
+    def abort(self, request_id: str) -> Group | None:
+        """End a request at once and free its pages; None if it is not running."""
+        group = self._groups.pop(request_id, None)
+        for request in group.requests if group else ():
+            if request.finish_reason is None:
+                self.scheduler.abort(request)
+        return group
+
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises InvalidRequestError for a request that can't be served."""
+        params.check_vocab(self.spec.vocab_size)
+        length = len(prompt_token_ids)
+        if not length:
+            raise InvalidRequestError("the prompt is empty; it must have at least 1 token")
+        for position, token_id in enumerate(prompt_token_ids):
+            if not 0 <= token_id < self.spec.vocab_size:
+                raise InvalidRequestError(
+                    f"prompt_token_ids[{position}]={token_id} is outside the vocabulary "
+                    f"(0 to {self.spec.vocab_size - 1})"
+                )
+        if length >= self.spec.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {length} tokens; with one to generate it exceeds "
+                f"max_model_len={self.spec.max_model_len}"
+            )
+        if length >= self.ledger.num_tokens:
+            raise InvalidRequestError(
+                f"the prompt has {length} tokens; with one to generate it exceeds the KV pools "
+                f"of all {self.ledger.num_ranks} ranks together ({self.ledger.num_tokens} "
+                "tokens); raise kv_cache_tokens or context_parallel_size"
+            )
+
+    def _request(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, seed: int
+    ) -> Request:
+        room = self.context_limit - len(prompt)
+        end_ids = frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            end_ids |= frozenset(self.spec.eos_token_ids)
+        return Request(
+            request_id,
+            prompt,
+            params,
+            seed=seed & _SEED_MASK,
+            end_ids=end_ids,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            detokenizer=Detokenizer(
+                self.tokenizer,
+                params.skip_special_tokens,
+                params.stop_strings,
+                params.min_tokens,
+            ),
+        )
+
+    def _groups_of(self, requests: Iterable[Request]) -> list[Group]:
+        names = dict.fromkeys(request.request_id.rpartition("/")[0] for request in requests)
+        groups = [self._groups[name] for name in names]
+        for group in groups:
+            if group.finished:
+                del self._groups[group.request_id]
+        return groups
+
+    def _count(self, traffics: Iterable[dict[str, Traffic]]) -> None:
+        for traffic in traffics:
+            for strategy, sent in traffic.items():
+                total = self.traffic.setdefault(strategy, Traffic())
+                total.calls += sent.calls
+                total.messages += sent.messages
+                total.bytes += sent.bytes

@@ -1,0 +1,100 @@
+"""Where a request's computation and keys go: pure functions of what is free."""
+
+from collections.abc import Sequence
+
+from longspan.engine.plan import Run
+from longspan.engine.request import Request
+from longspan.engine.shard import fair_shares, zigzag
+
+
+def choose_ranks(
+    tokens: int, free_pages: Sequence[int], page_size: int, min_tokens_per_rank: int
+) -> list[int]:
+    """The ranks over which a request's tokens are spread, the emptiest first.
+
+    One rank for each `min_tokens_per_rank` tokens, so that a short request stays on one and talks
+    to nobody; more if those have not pages enough together.
+    """
+    emptiest = sorted(range(len(free_pages)), key=lambda rank: (-free_pages[rank], rank))
+    degree = min(max(tokens // min_tokens_per_rank, 1), len(emptiest))
+    pages = -(-tokens // page_size)
+    while degree < len(emptiest) and sum(free_pages[r] for r in emptiest[:degree]) < pages:
+        degree += 1
+    return emptiest[:degree]
+
+
+def cut(
+    request: Request, free_pages: Sequence[int], budgets: Sequence[int], page_size: int
+) -> dict[int, list[Run]]:
+    """Cut a request's next tokens over ranks: as many as free pages and budgets (tokens) allow.
+
+    A page's tokens stay together, so the rest of a page that has been begun goes to its rank;
+    the pages after it go zigzag over the request's ranks. When those are full the request spreads
+    to others: that is how a context outgrows its device. Returns each rank's runs of positions,
+    ascending; empty if nothing can be computed now.
+    """
+    runs: dict[int, list[Run]] = {}
+    budgets = list(budgets)
+    start, end = request.num_computed, request.num_tokens
+    if start % page_size:
+        assert request.home is not None
+        length = min(page_size - start % page_size, end - start, budgets[request.home])
+        if length:
+            runs[request.home] = [Run(start, length)]
+            budgets[request.home] -= length
+            start += length
+        if start % page_size:
+            return runs
+    if start < end:
+        for rank, run in _cut_pages(request, start, free_pages, budgets, page_size):
+            _extend(runs.setdefault(rank, []), run)
+    return runs
+
+
+def _cut_pages(
+    request: Request,
+    start: int,
+    free_pages: Sequence[int],
+    budgets: Sequence[int],
+    page_size: int,
+) -> list[tuple[int, Run]]:
+    pages = -(-(request.num_tokens - start) // page_size)
+    for ranks in _candidates(request, free_pages):
+        capacities = [min(free_pages[r], budgets[r] // page_size) for r in ranks]
+        if pages > 1 and any(capacities):
+            total = min(pages, sum(capacities))
+            return [
+                (
+                    rank,
+                    Run(first, min(page_run.end * page_size + start, request.num_tokens) - first),
+                )
+                for rank, page_runs in zip(
+                    ranks, zigzag(fair_shares(total, capacities)), strict=True
+                )
+                for page_run in page_runs
+                for first in (page_run.start * page_size + start,)
+            ]
+        for rank in ranks:
+            if free_pages[rank] and budgets[rank]:
+                length = min(request.num_tokens - start, page_size, budgets[rank])
+                return [(rank, Run(start, length))]
+    return []
+
+
+def _candidates(request: Request, free_pages: Sequence[int]) -> list[list[int]]:
+    """The request's own ranks, those with fewest of its keys first, then all, emptiest first.
+
+    A single page goes to the first that has room; while decoding that is the home.
+    """
+    own = sorted(request.ranks, key=lambda rank: request.num_keys(rank))
+    if request.num_pending == 1 and request.home is not None:
+        own = [request.home, *(rank for rank in own if rank != request.home)]
+    everyone = sorted(range(len(free_pages)), key=lambda rank: (-free_pages[rank], rank))
+    return [own, everyone]
+
+
+def _extend(runs: list[Run], run: Run) -> None:
+    if runs and runs[-1].end == run.start:
+        runs[-1] = Run(runs[-1].start, runs[-1].length + run.length)
+    else:
+        runs.append(run)

@@ -1,0 +1,163 @@
+"""One sequence on its way from a prompt to an end, and where its keys and values are."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from longspan.engine.detokenizer import Detokenizer
+from longspan.engine.plan import Extent, Run, Sampled, Sampling, TokenLogprob
+from longspan.outputs import RequestMetrics
+from longspan.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class Holding:
+    """A request's keys on one rank: its pages in order of position, all full but the last."""
+
+    extents: list[Extent] = field(default_factory=list)
+    tokens: int = 0
+
+    @property
+    def num_pages(self) -> int:
+        return sum(extent.length for extent in self.extents)
+
+    @property
+    def last_page(self) -> int | None:
+        return self.extents[-1].end - 1 if self.extents else None
+
+    def add_pages(self, extents: Sequence[Extent]) -> None:
+        for extent in extents:
+            if self.extents and self.extents[-1].end == extent.start:
+                last = self.extents[-1]
+                self.extents[-1] = Extent(last.start, last.length + extent.length)
+            else:
+                self.extents.append(extent)
+
+
+class Request:
+    """One sequence: prompt, output, and two facts of progress.
+
+    `num_computed` tokens have their keys in the ranks' pools, as `holdings` says; the rest of
+    `num_tokens` (prompt and output so far) are still to be computed. There is no other state:
+    a prefill chunk, a decode step and a recomputation after preemption are the same thing.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        end_ids: frozenset[int],
+        max_tokens: int,
+        detokenizer: Detokenizer,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = list(prompt_token_ids)
+        self.params = params
+        self.seed = seed
+        self.end_ids = end_ids
+        self.max_tokens = max_tokens
+        self.detokenizer = detokenizer
+        self.output_token_ids: list[int] = []
+        self.logprobs: list[tuple[TokenLogprob, ...]] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.metrics = RequestMetrics(arrival_time=time.monotonic())
+        self.num_computed = 0
+        self.holdings: dict[int, Holding] = {}
+        self.ranks: list[int] = []
+        """The ranks over which its prefill is spread."""
+        self.home: int | None = None
+        """The rank with its last page, which computes its decode tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known but not computed: 1 while decoding, more while prefilling."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def num_pages(self) -> int:
+        return sum(holding.num_pages for holding in self.holdings.values())
+
+    def num_keys(self, rank: int) -> int:
+        """How many of the request's tokens have their keys on a rank."""
+        return self.holdings[rank].tokens if rank in self.holdings else 0
+
+    def holding(self, rank: int) -> Holding:
+        return self.holdings.setdefault(rank, Holding())
+
+    def drop_keys(self, num_ranks: int) -> None:
+        """Forget where the keys were, after their pages have been given back."""
+        self.metrics.kv_tokens = [self.num_keys(rank) for rank in range(num_ranks)]
+        self.holdings, self.home, self.num_computed = {}, None, 0
+
+    def tokens_of(self, run: Run) -> list[int]:
+        """The token ids at the positions of a run."""
+        prompt = len(self.prompt_token_ids)
+        if run.end <= prompt:
+            return self.prompt_token_ids[run.start : run.end]
+        return [
+            *self.prompt_token_ids[run.start : prompt],
+            *self.output_token_ids[max(run.start - prompt, 0) : run.end - prompt],
+        ]
+
+    def sampling(self, row: int) -> Sampling:
+        """How to draw the next token from one row of a rank's packed batch."""
+        params = self.params
+        penalised = (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+        early = len(self.output_token_ids) < params.min_tokens
+        return Sampling(
+            request_id=self.request_id,
+            row=row,
+            seed=self.seed,
+            position=self.num_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=max(params.top_k, 0),
+            min_p=params.min_p,
+            logprobs=params.logprobs,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            prompt_ids=tuple(sorted(set(self.prompt_token_ids))) if penalised else (),
+            output_counts=dict(Counter(self.output_token_ids)) if penalised else {},
+            banned_ids=tuple(sorted(self.end_ids)) if early else (),
+        )
+
+    def append(self, sampled: Sampled) -> None:
+        """Take a drawn token; sets `finish_reason` if it is the last."""
+        if self.metrics.first_token_time is None:
+            self.metrics.first_token_time = time.monotonic()
+        early = len(self.output_token_ids) < self.params.min_tokens
+        self.output_token_ids.append(sampled.token_id)
+        self.metrics.num_generation_tokens += 1
+        if sampled.logprobs:
+            self.logprobs.append(sampled.logprobs)
+        stop_string = self.detokenizer.append(sampled.token_id)
+        if sampled.token_id in self.end_ids and not early:
+            named = sampled.token_id in (self.params.stop_token_ids or ())
+            self.finish("stop", sampled.token_id if named else None)
+        elif stop_string is not None:
+            self.finish("stop", stop_string)
+        elif len(self.output_token_ids) >= self.max_tokens:
+            self.finish("length")
+
+    def finish(self, reason: str, stop_reason: int | str | None = None) -> None:
+        """End the sequence; text that was held back for a stop string becomes final."""
+        if not isinstance(stop_reason, str):
+            stop_string = self.detokenizer.finish()
+            if stop_string is not None and reason == "length":
+                reason, stop_reason = "stop", stop_string
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        self.metrics.finished_time = time.monotonic()

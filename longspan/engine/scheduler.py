@@ -1,0 +1,220 @@
+"""Decides what every rank computes in the next step. Pure Python: no tensors, no processes."""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from longspan.config import EngineConfig
+from longspan.cost.strategy import KVShape, choose
+from longspan.engine.ledger import Ledger
+from longspan.engine.placement import choose_ranks, cut
+from longspan.engine.plan import (
+    Part,
+    RankPlan,
+    RankResult,
+    Run,
+    Sampling,
+    Segment,
+    Shard,
+    Strategy,
+)
+from longspan.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The new tokens of one request in one step: which rank computes which positions."""
+
+    request: Request
+    runs: dict[int, list[Run]]
+    segment: Segment
+
+    @property
+    def end(self) -> int:
+        return max(runs[-1].end for runs in self.runs.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The plans of the ranks that have a part in a step, and the chunks they were made from."""
+
+    chunks: list[Chunk]
+    plans: dict[int, RankPlan]
+
+
+class Scheduler:
+    """Requests in order of arrival, and the ledger of the pages that hold their keys.
+
+    A step takes decode tokens first, then prefill chunks of running requests, then admits waiting
+    ones, until every rank's `max_num_batched_tokens` are spent. A request is admitted when the
+    free pages that no running prompt still needs can take its prompt.
+    """
+
+    def __init__(self, config: EngineConfig, ledger: Ledger, shape: KVShape) -> None:
+        self.config = config
+        self.ledger = ledger
+        self.shape = shape
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def abort(self, request: Request) -> None:
+        """End a request wherever it stands and free its pages."""
+        request.finish("abort")
+        if request in self.running:
+            self._release(request)
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def schedule(self) -> Step:
+        """Make the next step. Changes holdings and ledger; counters change in `update`."""
+        budgets = [self.config.max_num_batched_tokens] * self.ledger.num_ranks
+        chunks = self._decodes(budgets)
+        chunks += self._prefills(budgets)
+        chunks += self._admissions(budgets)
+        if not chunks and self.running:
+            # Prompts under way hold each other's pages: the youngest gives way.
+            self._preempt(self.running[-1])
+            return self.schedule()
+        return Step(chunks, self._plans(chunks))
+
+    def update(self, step: Step, results: Iterable[RankResult]) -> list[Request]:
+        """Take the step's tokens, free what ended; returns the requests that drew a token."""
+        for chunk in step.chunks:
+            chunk.request.num_computed = chunk.end
+        requests = {chunk.request.request_id: chunk.request for chunk in step.chunks}
+        drawn = []
+        for sampled in (sampled for result in results for sampled in result.sampled):
+            request = requests[sampled.request_id]
+            if request.finish_reason is None:
+                request.append(sampled)
+                drawn.append(request)
+        for request in [r for r in drawn if r.finish_reason]:
+            self._release(request)
+            self.running.remove(request)
+        return drawn
+
+    def _decodes(self, budgets: list[int]) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for request in [r for r in self.running if r.num_pending == 1]:
+            if request not in self.running:
+                continue  # preempted for an older one in this very loop
+            while not (chunk := self._chunk(request, budgets)) and self._needs_page(request):
+                scheduled = {chunk.request.request_id for chunk in chunks}
+                victim = next(r for r in reversed(self.running) if r.request_id not in scheduled)
+                self._preempt(victim)
+                if victim is request:
+                    break
+            if chunk:
+                chunks.append(chunk)
+        return chunks
+
+    def _prefills(self, budgets: list[int]) -> list[Chunk]:
+        prefilling = [r for r in self.running if r.num_pending > 1]
+        return [chunk for r in prefilling if (chunk := self._chunk(r, budgets))]
+
+    def _admissions(self, budgets: list[int]) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            request = self.waiting[0]
+            if self.ledger.pages_of(request.num_tokens) > self._unclaimed_pages():
+                break
+            free = [self.ledger.num_free(rank) for rank in range(self.ledger.num_ranks)]
+            request.ranks = choose_ranks(
+                request.num_tokens, free, self.config.page_size, self.config.min_tokens_per_rank
+            )
+            chunk = self._chunk(request, budgets)
+            if chunk is None:
+                break
+            request.metrics.first_scheduled_time = (
+                request.metrics.first_scheduled_time or time.monotonic()
+            )
+            self.running.append(self.waiting.popleft())
+            chunks.append(chunk)
+        return chunks
+
+    def _unclaimed_pages(self) -> int:
+        """Free pages that no running request needs for the tokens that it already has."""
+        ledger = self.ledger
+        free = sum(ledger.num_free(rank) for rank in range(ledger.num_ranks))
+        claimed = sum(ledger.pages_of(r.num_tokens) - r.num_pages for r in self.running)
+        return free - claimed
+
+    def _needs_page(self, request: Request) -> bool:
+        """Whether a decoding request waits for a page, rather than for its home's budget."""
+        at_border = request.num_computed % self.ledger.page_size == 0
+        return at_border and not any(
+            self.ledger.num_free(rank) for rank in range(self.ledger.num_ranks)
+        )
+
+    def _chunk(self, request: Request, budgets: list[int]) -> Chunk | None:
+        """Cut the request's next tokens over ranks, taking budget and pages; None if it can't."""
+        free = [self.ledger.num_free(rank) for rank in range(self.ledger.num_ranks)]
+        runs = cut(request, free, budgets, self.ledger.page_size)
+        if not runs:
+            return None
+        cached = {rank: holding.tokens for rank, holding in request.holdings.items()}
+        for rank, taken in runs.items():
+            tokens = sum(run.length for run in taken)
+            budgets[rank] -= tokens
+            self._hold(request, rank, tokens)
+        request.home = max(runs, key=lambda rank: runs[rank][-1].end)
+        shards = tuple(
+            Shard(rank, tuple(new), cached.get(rank, 0), tuple(new))
+            for rank in sorted(request.holdings)
+            for new in (runs.get(rank, []),)
+        )
+        return Chunk(request, runs, Segment(request.request_id, self._strategy(shards), shards))
+
+    def _hold(self, request: Request, rank: int, tokens: int) -> None:
+        holding = request.holding(rank)
+        pages = self.ledger.pages_of(holding.tokens + tokens) - holding.num_pages
+        if pages:
+            holding.add_pages(self.ledger.allocate(rank, pages, holding.last_page))
+        holding.tokens += tokens
+
+    def _strategy(self, shards: Sequence[Shard]) -> Strategy:
+        forced = self.config.attention_strategy
+        return choose(shards, self.shape) if forced == "auto" or len(shards) == 1 else forced
+
+    def _plans(self, chunks: Sequence[Chunk]) -> dict[int, RankPlan]:
+        token_ids: dict[int, list[int]] = {}
+        parts: dict[int, list[Part]] = {}
+        samplings: dict[int, list[Sampling]] = {}
+        for chunk in chunks:
+            request = chunk.request
+            for shard in chunk.segment.shards:
+                packed = token_ids.setdefault(shard.rank, [])
+                extents = tuple(request.holdings[shard.rank].extents)
+                parts.setdefault(shard.rank, []).append(Part(chunk.segment, extents))
+                for run in shard.queries:
+                    packed += request.tokens_of(run)
+                if chunk.end == request.num_tokens and shard.rank == request.home:
+                    row = request.sampling(len(packed) - 1)
+                    samplings.setdefault(shard.rank, []).append(row)
+        return {
+            rank: RankPlan(
+                tuple(token_ids[rank]), tuple(parts[rank]), tuple(samplings.get(rank, ()))
+            )
+            for rank in sorted(parts)
+        }
+
+    def _preempt(self, request: Request) -> None:
+        """Take a running request's pages; it is computed again later, its output kept."""
+        self._release(request)
+        request.metrics.num_preemptions += 1
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+
+    def _release(self, request: Request) -> None:
+        for rank, holding in request.holdings.items():
+            self.ledger.release(rank, holding.extents)
+        request.drop_keys(self.ledger.num_ranks)

@@ -1,0 +1,35 @@
+"""Longspan's attention as transformers sees it: one registered function, no model patched."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from longspan.worker.step import Step
+
+NAME = "longspan"
+
+
+def longspan_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    step: Step,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer: query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
+
+    `step` comes through `model(..., step=step)`. What else a model passes here has been looked at
+    when it was loaded.
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return step.attend(layer, q, k, v).to(query.dtype).unsqueeze(0), None
+
+
+def register() -> None:
+    """Make `attn_implementation="longspan"` known to transformers."""
+    AttentionInterface.register(NAME, longspan_attention)

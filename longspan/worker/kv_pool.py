@@ -1,0 +1,67 @@
+"""One rank's pool of KV pages: keys and values of many requests in one tensor."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longspan.engine.plan import Extent
+from longspan.parallel.blockwise import Blocks
+
+MIN_VIEW_TOKENS = 256
+"""Extents shorter than this on average are copied together: a call for each would cost more."""
+
+
+class KVPool:
+    """`data` [L, slots, 2, G, D], a slot being one token's place: page p has slots p*P .. p*P+P-1.
+
+    A token's key and value lie side by side, so that a run of pages can be sent to another rank
+    as it lies.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.data = torch.empty(
+            (num_layers, num_pages * page_size, 2, num_kv_heads, head_dim),
+            dtype=dtype,
+            device=device,
+        )
+
+    def slots(self, extents: Sequence[Extent], first: int, last: int) -> Tensor:
+        """The slots [last - first] of tokens first .. last - 1 of a request's share."""
+        size = self.page_size
+        pages = [torch.arange(e.start * size, e.end * size) for e in extents]
+        return torch.cat(pages)[first:last].to(self.data.device)
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put k, v [T, G, D] into slots [T] of one layer."""
+        self.data[layer].index_copy_(0, slots, torch.stack((k, v), dim=1))
+
+    def locate(self, extents: Sequence[Extent], tokens: int) -> list[slice] | Tensor:
+        """Where the first `tokens` tokens of a share lie: slot ranges, or slots if scattered."""
+        if tokens < MIN_VIEW_TOKENS * len(extents) and len(extents) > 1:
+            return self.slots(extents, 0, tokens)
+        ranges = []
+        for extent in extents:
+            start = extent.start * self.page_size
+            length = min(extent.length * self.page_size, tokens)
+            if length > 0:
+                ranges.append(slice(start, start + length))
+            tokens -= length
+        return ranges
+
+    def read(self, layer: int, places: list[slice] | Tensor) -> Blocks:
+        """The keys and values at `places` in one layer, in order: blocks [S, 2, G, D]."""
+        if isinstance(places, Tensor):
+            return [self.data[layer].index_select(0, places)]
+        return [self.data[layer, place] for place in places]

@@ -1,0 +1,42 @@
+"""Brings up one rank inside its process: device, process group, model."""
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging
+
+from longspan.config import EngineConfig
+from longspan.parallel.transport import ThreadTransport, TorchTransport, Transport
+from longspan.worker.channel import Start
+from longspan.worker.model_runner import ModelRunner
+
+
+def launch(start: Start) -> ModelRunner:
+    """Join the other ranks and load the model. Waits until all ranks have come."""
+    logging.disable_progress_bar()
+    device = device_of(start.config, start.rank)
+    return ModelRunner(start.config, start.spec, _connect(start, device), device)
+
+
+def device_of(config: EngineConfig, rank: int) -> torch.device:
+    """The device of a rank: the CPU, or the GPU of the same number on this host."""
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cpu") if kind == "cpu" else torch.device("cuda", rank)
+
+
+def _connect(start: Start, device: torch.device) -> Transport:
+    size = start.config.num_ranks
+    if size == 1:
+        return ThreadTransport.connect(1)[0]
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=f"file://{start.rendezvous}",
+        rank=start.rank,
+        world_size=size,
+        device_id=device if on_gpu else None,
+    )
+    return TorchTransport()

@@ -1,0 +1,121 @@
+"""One rank's model, pool and kernel: runs the steps that it is given."""
+
+import os
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from longspan.attention.kernel import kernel_for
+from longspan.config import EngineConfig
+from longspan.cost.strategy import KVShape
+from longspan.engine.plan import RankPlan, RankResult
+from longspan.errors import ConfigError
+from longspan.models import ModelSpec
+from longspan.parallel.transport import Transport
+from longspan.worker import hf_attention
+from longspan.worker.kv_pool import KVPool
+from longspan.worker.probe import probe
+from longspan.worker.sampler import sample
+from longspan.worker.step import Step
+
+
+class ModelRunner:
+    """Loads the model whole and serves plans.
+
+    Raises:
+        UnsupportedModelError: the model does something that can't be served exactly.
+        ConfigError: the memory left for the pool is less than one page.
+    """
+
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, transport: Transport, device: torch.device
+    ) -> None:
+        self.spec = spec
+        self.transport = transport
+        self.device = device
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.kernel = kernel_for(device)
+        hf_attention.register()
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=self.dtype,
+            attn_implementation=hf_attention.NAME,
+        )
+        self.model = model.eval().to(device)
+        self.scale = [layer.scaling for layer in probe(self.model, spec.name)]
+        self.pool = KVPool(
+            spec.num_layers,
+            num_pages(config, spec, transport.rank, device),
+            config.page_size,
+            spec.num_kv_heads,
+            spec.head_dim,
+            self.dtype,
+            device,
+        )
+
+    @torch.inference_mode()
+    def execute(self, plan: RankPlan) -> RankResult:
+        """Compute this rank's part of a step and draw the tokens that it is to draw."""
+        step = Step(plan, self.pool, self.transport, self.kernel, self.scale)
+        if len(step.token_ids):
+            rows = [sampling.row for sampling in plan.samplings]
+            logits = self._forward(step, torch.tensor(rows, dtype=torch.int64, device=self.device))
+            sampled = tuple(sample(logits, plan.samplings))
+        else:
+            self._serve(step)
+            sampled = ()
+        return RankResult(sampled, self.transport.take_traffic())
+
+    def _forward(self, step: Step, rows: Tensor) -> Tensor:
+        """Logits [len(rows), V] of some rows of the packed batch."""
+        output = self.model(
+            input_ids=step.token_ids.unsqueeze(0),
+            position_ids=step.positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=rows,
+            step=step,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _serve(self, step: Step) -> None:
+        """Let other ranks attend to this one's keys; models can't run on no tokens at all."""
+        spec = self.spec
+        q = torch.empty(0, spec.num_heads, spec.head_dim, dtype=self.dtype, device=self.device)
+        k = torch.empty(0, spec.num_kv_heads, spec.head_dim, dtype=self.dtype, device=self.device)
+        for layer in range(spec.num_layers):
+            step.attend(layer, q, k, k)
+
+
+def num_pages(config: EngineConfig, spec: ModelSpec, rank: int, device: torch.device) -> int:
+    """How many pages this rank's pool has, by the configured size or the memory that is free."""
+    page_bytes = config.page_size * KVShape.of(spec).token_bytes
+    if (tokens := config.kv_cache_tokens_of(rank)) is not None:
+        return tokens // config.page_size
+    size = config.kv_cache_memory_bytes
+    if size is None:
+        size = _memory_for_pool(config, device)
+        most = config.max_num_seqs * -(-spec.max_model_len // config.page_size)
+        return _at_least_one_page(min(size // page_bytes, most), size, page_bytes)
+    return _at_least_one_page(size // page_bytes, size, page_bytes)
+
+
+def _at_least_one_page(pages: int, size: int, page_bytes: int) -> int:
+    if pages < 1:
+        raise ConfigError(
+            f"the KV pool has {size} bytes, less than one page of {page_bytes} bytes; raise "
+            "kv_cache_memory_bytes or lower page_size"
+        )
+    return pages
+
+
+def _memory_for_pool(config: EngineConfig, device: torch.device) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        fraction = config.gpu_memory_utilization or 0.9
+        return int(total * fraction) - (total - free)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(free * (config.gpu_memory_utilization or 0.5)) // config.num_ranks

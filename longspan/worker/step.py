@@ -1,0 +1,115 @@
+"""One step on one rank: the attention of its packed tokens, layer by layer, over all ranks' KV."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longspan.attention.kernel import Kernel
+from longspan.attention.state import AttentionState
+from longspan.engine.plan import Part, RankPlan
+from longspan.parallel.blockwise import attend
+from longspan.parallel.exchange import Exchange, LayerExchange
+from longspan.parallel.strategies import STRATEGIES, finish
+from longspan.parallel.tiles import Tile, tiles
+from longspan.parallel.transport import Transport
+from longspan.worker.kv_pool import KVPool
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of the plan with this rank's rows of the packed batch and places in the pool."""
+
+    part: Part
+    rows: slice
+    places: list[slice] | Tensor
+
+
+class Step:
+    """Everything about one step that doesn't depend on the layer, worked out once.
+
+    A strategy's segments travel together. pass-KV has a ring for each set of ranks; the others
+    send each pair of ranks one message. All ranks start the exchanges in the same order, which
+    comes from the plan alone.
+    """
+
+    def __init__(
+        self, plan: RankPlan, pool: KVPool, transport: Transport, kernel: Kernel, scale: list[float]
+    ) -> None:
+        self.pool = pool
+        self.kernel = kernel
+        self.scale = scale
+        device = pool.data.device
+        self.token_ids = torch.tensor(plan.token_ids, dtype=torch.int64, device=device)
+        pieces, positions, slots = self._lay_out(plan, transport.rank)
+        self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
+        self.slots = torch.cat(slots) if slots else self.token_ids
+        self._local: list[tuple[_Piece, list[Tile]]] = []
+        shared: dict[tuple[str, tuple[int, ...]], list[_Piece]] = {}
+        for piece in pieces:
+            segment = piece.part.segment
+            if segment.strategy == "local":
+                shard = segment.shard(transport.rank)
+                self._local.append((piece, tiles(shard, shard)))
+            else:
+                ranks = tuple(shard.rank for shard in segment.shards)
+                key = (segment.strategy, ranks if segment.strategy == "pass_kv" else ())
+                shared.setdefault(key, []).append(piece)
+        self._shared = [
+            (strategy, Exchange([p.part.segment for p in group], transport), group)
+            for (strategy, _), group in sorted(shared.items(), key=lambda item: item[0])
+        ]
+
+    def _lay_out(self, plan: RankPlan, rank: int) -> tuple[list[_Piece], list[int], list[Tensor]]:
+        pieces: list[_Piece] = []
+        positions: list[int] = []
+        slots: list[Tensor] = []
+        for part in plan.parts:
+            shard = part.segment.shard(rank)
+            rows = slice(len(positions), len(positions) + shard.num_queries)
+            pieces.append(_Piece(part, rows, self.pool.locate(part.extents, shard.num_keys)))
+            for run in shard.queries:
+                positions += range(run.start, run.end)
+            if shard.num_queries:
+                slots.append(self.pool.slots(part.extents, shard.cached, shard.num_keys))
+        return pieces, positions, slots
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of this rank's new tokens q [T, H, D] over their requests' keys everywhere.
+
+        Writes k, v [T, G, D] into the pool first. The first messages leave before local attention
+        begins, so that it hides them. Returns [T, H, D] in float32. T may be 0: other ranks need
+        this one's keys all the same.
+        """
+        self.pool.write(layer, self.slots, k, v)
+        state = AttentionState.empty(len(q), q.shape[1], q.shape[2], q.device)
+        shape = (q.shape[1], k.shape[1], q.shape[2])
+        jobs = []
+        for strategy, exchange, pieces in self._shared:
+            job = STRATEGIES[strategy](
+                LayerExchange(
+                    exchange,
+                    queries=[q[piece.rows] for piece in pieces],
+                    keys=[self.pool.read(layer, piece.places) for piece in pieces],
+                    kernel=self.kernel,
+                    scale=self.scale[layer],
+                    shape=shape,
+                    like=self.pool.data,
+                )
+            )
+            next(job)
+            jobs.append((job, pieces))
+        for piece, found in self._local:
+            keys = self.pool.read(layer, piece.places)
+            attend(state[piece.rows], q[piece.rows], keys, found, self.kernel, self.scale[layer])
+        for job, pieces in jobs:
+            _place(state, pieces, finish(job))
+        return state.out
+
+
+def _place(
+    state: AttentionState, pieces: Sequence[_Piece], states: Sequence[AttentionState]
+) -> None:
+    for piece, own in zip(pieces, states, strict=True):
+        state.out[piece.rows] = own.out
