@@ -44,12 +44,13 @@ class LLM:
         self._executor = _start(self.config, spec)
         self.engine = Engine(self.config, spec, self._executor, tokenizer)
         self._closed = False
-        if self.engine.context_limit < spec.max_model_len:
+        limit, asked = self.engine.context_limit, self.config.max_model_len
+        if asked is not None and limit < asked:
             logger.warning(
-                "the KV pools hold %d tokens together, less than max_model_len=%d: that is the "
+                "all KV pools together hold %d tokens, less than max_model_len=%d: that is the "
                 "longest context",
-                self.engine.context_limit,
-                spec.max_model_len,
+                limit,
+                asked,
             )
 
     def generate(
@@ -159,7 +160,7 @@ class LLM:
                 )
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
-            return prompt, self.get_tokenizer().encode(prompt)
+            return prompt, self.get_tokenizer().encode(prompt, verbose=False)
         return None, _token_ids(prompt)
 
     def _run(self, show_progress: bool) -> None:
@@ -189,7 +190,7 @@ def _start(config: EngineConfig, spec: ModelSpec) -> Executor:
 
 
 def _as_list(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
         return [prompts]
     one_prompt = bool(prompts) and all(isinstance(item, int) for item in prompts)
     return [prompts] if one_prompt else list(prompts)

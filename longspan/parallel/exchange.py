@@ -20,13 +20,17 @@ can compute meanwhile, and returns a state for each segment's own queries."""
 
 
 class Exchange:
-    """What this rank knows of the segments before any layer runs: sizes and who sees what."""
+    """What this rank knows of the segments before any layer runs: sizes and who sees what.
+
+    It is worked out at first use and serves every layer of the step.
+    """
 
     def __init__(self, segments: Sequence[Segment], transport: Transport) -> None:
         self.segments = segments
         self.transport = transport
         self.rank = transport.rank
         self._tiles: dict[tuple[int, int, int], list[Tile]] = {}
+        self._seeing: dict[tuple[int, int], list[int]] = {}
         self._travellers: dict[tuple[int, int], list[int]] = {}
 
     @cached_property
@@ -46,11 +50,14 @@ class Exchange:
 
     def seeing(self, queries_on: int, keys_on: int) -> list[int]:
         """The segments with queries on one rank and keys on another, by index."""
-        return [
-            index
-            for index in range(len(self.segments))
-            if self.num_queries(index, queries_on) and self.num_keys(index, keys_on)
-        ]
+        key = (queries_on, keys_on)
+        if key not in self._seeing:
+            self._seeing[key] = [
+                index
+                for index in range(len(self.segments))
+                if self.num_queries(index, queries_on) and self.num_keys(index, keys_on)
+            ]
+        return self._seeing[key]
 
     def tiles(self, index: int, queries_on: int, keys_on: int) -> list[Tile]:
         key = (index, queries_on, keys_on)

@@ -1,0 +1,38 @@
+"""The same equality with real worker processes and real sockets between them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import reference
+
+from longspan import LLM, SamplingParams
+
+LENGTHS = (1, 2, 65, 700)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [(1, "auto"), (2, "auto"), (2, "pass_kv"), (3, "gather_kv"), (3, "pass_q"), (4, "pass_kv")],
+)
+def test_tokens_of_processes_are_those_of_generate(
+    model_folder: Callable[[str], Path], ranks: int, strategy: str
+) -> None:
+    folder = model_folder("llama")
+    model = reference.load(folder)
+    prompts = [reference.prompt(length) for length in LENGTHS]
+    with LLM(
+        str(folder),
+        context_parallel_size=ranks,
+        attention_strategy=strategy,
+        max_num_batched_tokens=100,
+        kv_cache_tokens=1000,
+        min_tokens_per_rank=1,
+        distributed_executor_backend="mp",
+    ) as llm:
+        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+        first = llm.generate(prompts, params, use_tqdm=False)
+        again = llm.generate(prompts[::-1], params, use_tqdm=False)[::-1]
+    expected = [reference.greedy(model, prompt, 24) for prompt in prompts]
+    assert [output.outputs[0].token_ids for output in first] == expected
+    assert [output.outputs[0].token_ids for output in again] == expected
