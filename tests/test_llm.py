@@ -195,7 +195,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids_only(tmp_path: Path) -> Non
         assert llm.generate([1, 2, 3], GREEDY)[0].outputs[0].text == ""
         with pytest.raises(InvalidRequestError, match="has no tokenizer: give prompt_token_ids"):
             llm.generate("Hello")
-        with pytest.raises(InvalidRequestError, match="stop_token_ids instead"):
+        with pytest.raises(InvalidRequestError, match="use stop_token_ids"):
             llm.generate([1, 2, 3], SamplingParams(stop="x"))
     with pytest.raises(EngineStoppedError, match="make a new one"):
         llm.generate([1, 2, 3])

@@ -145,11 +145,11 @@ class Request:
         if sampled.logprobs:
             self.logprobs.append(sampled.logprobs)
         stop_string = self.detokenizer.append(sampled.token_id)
-        if sampled.token_id in self.end_ids and not early:
+        if stop_string is not None:
+            self.finish("stop", stop_string)
+        elif sampled.token_id in self.end_ids and not early:
             named = sampled.token_id in (self.params.stop_token_ids or ())
             self.finish("stop", sampled.token_id if named else None)
-        elif stop_string is not None:
-            self.finish("stop", stop_string)
         elif len(self.output_token_ids) >= self.max_tokens:
             self.finish("length")
 

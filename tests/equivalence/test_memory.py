@@ -22,7 +22,11 @@ def test_a_prompt_three_times_a_ranks_pool(model_folder: Callable[[str], Path]) 
     folder = model_folder("llama")
     prompt = reference.prompt(3072)
     with start(
-        folder, context_parallel_size=4, kv_cache_tokens=1024, max_num_batched_tokens=200
+        folder,
+        context_parallel_size=4,
+        kv_cache_tokens=1024,
+        max_num_batched_tokens=200,
+        min_tokens_per_rank=512,
     ) as llm:
         params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
         group = llm.engine.add_request(prompt, params)
