@@ -1,6 +1,11 @@
 """Attention states and context-parallel attention for your own model, without the engine.
 
-Layouts are token-first: queries [T, H, D], keys and values [S, G, D] with H a multiple of G.
+    state = context_parallel_attention(q, k, v, group=group, strategy="pass_kv")
+    out = state.out.to(q.dtype)
+
+Layouts are token-first: queries [T, H, D] of T tokens, H heads and head size D; keys and values
+[S, G, D] of S tokens and G heads, H a multiple of G. For inference: no gradient crosses ranks.
+Off the CPU the kernel is for now the reference, which keeps all T x H x S scores in memory.
 """
 
 from typing import Literal
@@ -17,6 +22,10 @@ from longspan.parallel.exchange import Exchange, LayerExchange
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.tiles import tiles
 from longspan.parallel.transport import TorchTransport
+
+Strategy = Literal["pass_kv", "gather_kv", "pass_q"]
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 __all__ = ["AttentionState", "attention", "context_parallel_attention", "merge"]
 
@@ -35,7 +44,8 @@ def attention(
 
     With `causal`, a query sees the keys whose position is at most its own; positions are integer
     tensors [T] and [S], by default the keys are 0 .. S-1 and the queries the last T of them.
-    Fast where positions form few ascending runs. `scale` is `D ** -0.5` by default.
+    Without, they don't matter. Meant for contiguous or zigzag positions: the work grows with the
+    number of runs of consecutive ones. `scale` is `D ** -0.5` by default.
 
     Raises:
         ValueError: shapes, types or positions don't fit together; the message names them.
@@ -46,6 +56,7 @@ def attention(
     if kv_positions is None:
         kv_positions = torch.arange(len(k))
     kv, kv_positions = _ascending(k, v, kv_positions)
+    _check_once(kv_positions)
     shard = _shard(0, q_positions.tolist(), kv_positions.tolist(), causal)
     state = AttentionState.empty(len(q), q.shape[1], q.shape[2], q.device)
     attend(state, q, [kv], tiles(shard, shard), kernel_for(q.device), _scale(scale, q))
@@ -58,7 +69,7 @@ def context_parallel_attention(
     v: Tensor,
     *,
     group: dist.ProcessGroup | None = None,
-    strategy: Literal["pass_kv", "gather_kv", "pass_q"] = "pass_kv",
+    strategy: Strategy = "pass_kv",
     causal: bool = True,
     q_positions: Tensor | None = None,
     kv_positions: Tensor | None = None,
@@ -68,31 +79,30 @@ def context_parallel_attention(
 
     Every rank calls it with its own share of the sequence, k and v [S, G, D]; any of T and S may
     differ from rank to rank and be 0. Positions say where in the sequence the share lies; by
-    default the shares follow each other in rank order. Returns this rank's queries' state over
+    default the keys follow each other in rank order, and so do the queries, which are the last
+    tokens of all. Returns this rank's queries' state over
     all keys, in float32; cast `.out` to your model's type.
 
     `strategy` says what travels: `pass_kv` keys and values round a ring, `gather_kv` the same all
     at once, `pass_q` queries there and partial states back (arXiv 2310.01889, 2411.01783).
-    Two small collectives come first in which the ranks tell each other their positions.
+    Two small collectives come first in which the ranks tell each other sizes and positions.
 
     Raises:
-        ValueError: shapes, types, positions or strategy don't fit; the message names them.
+        ValueError: shapes, types, positions or strategy don't fit, on this rank or another, or
+            ranks differ in them; the message names them. Every rank of the group raises.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} must be one of {sorted(STRATEGIES)}")
-    _check(q, k, v, q_positions, kv_positions)
+    sizes = _agree(q, k, v, q_positions, kv_positions, strategy, causal, group)
     transport = TorchTransport(group)
-    sizes = _all_gather(torch.tensor([len(q), len(k)], device=q.device), group)
-    first_q, first_k = torch.stack(sizes)[: transport.rank].sum(0).tolist() or (0, 0)
+    before_q, before_k = sizes[: transport.rank].sum(0).tolist()
+    total_q, total_k = sizes.sum(0).tolist()
     if q_positions is None:
-        q_positions = torch.arange(first_q, first_q + len(q))
+        q_positions = torch.arange(len(q)) + total_k - total_q + before_q
     if kv_positions is None:
-        kv_positions = torch.arange(first_k, first_k + len(k))
+        kv_positions = torch.arange(len(k)) + before_k
     kv, kv_positions = _ascending(k, v, kv_positions)
-    shards = _gather_shards(q_positions, kv_positions, torch.stack(sizes), causal, q.device, group)
-    exchange = Exchange([Segment("", strategy, shards)], transport)
+    shards = _gather_shards(q_positions, kv_positions, sizes, causal, q.device, group)
     layer = LayerExchange(
-        exchange,
+        Exchange([Segment("", strategy, shards)], transport),
         queries=[q],
         keys=[[kv]],
         kernel=kernel_for(q.device),
@@ -116,30 +126,61 @@ def _check(
             f"q {list(q.shape)} must be [T, H, D], k {list(k.shape)} and v {list(v.shape)} alike "
             "[S, G, D]"
         )
-    if q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"q {list(q.shape)} does not fit k {list(k.shape)}: query heads must be a multiple of "
             "key heads, and head sizes alike"
         )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q ({q.dtype}), k ({k.dtype}) and v ({v.dtype}) must be of one type")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _TYPES:
+        raise ValueError(
+            f"q ({q.dtype}), k ({k.dtype}) and v ({v.dtype}) must be of one type of {_TYPES}"
+        )
     for name, positions, tensor in (("q", q_positions, q), ("kv", kv_positions, k)):
         if positions is not None and positions.shape != (len(tensor),):
             raise ValueError(
                 f"{name}_positions {list(positions.shape)} must be [{len(tensor)}], one for each"
                 " token"
             )
+        if positions is not None and (positions.is_floating_point() or positions.is_complex()):
+            raise ValueError(f"{name}_positions ({positions.dtype}) must be integers")
+
+
+def _agree(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_positions: Tensor | None,
+    kv_positions: Tensor | None,
+    strategy: Strategy,
+    causal: bool,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Every rank's T and S [R, 2], after all ranks have seen that all their arguments fit."""
+    fault, own = None, [0] * 9
+    try:
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy={strategy!r} must be one of {sorted(STRATEGIES)}")
+        _check(q, k, v, q_positions, kv_positions)
+        kind, way = _TYPES.index(q.dtype), sorted(STRATEGIES).index(strategy)
+        own = [1, *q.shape[1:], k.shape[1], kind, way, int(causal), len(q), len(k)]
+    except ValueError as error:
+        fault = error
+    everyone = torch.stack(_all_gather(torch.tensor(own, device=q.device), group)).cpu()
+    if fault is not None:
+        raise fault
+    if refused := (everyone[:, 0] == 0).nonzero().flatten().tolist():
+        raise ValueError(f"the arguments of rank {refused[0]} of the group don't fit; see there")
+    if bool((everyone[:, :7] != everyone[0, :7]).any()):
+        raise ValueError("heads, head size, type, strategy and causal must be alike on all ranks")
+    return everyone[:, 7:]
 
 
 def _ascending(k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values as one block [S, 2, G, D], in the order of their positions."""
+    """Keys and values as one block [2, G, S, D], in the order of their positions."""
     order = torch.argsort(positions)
-    positions = positions[order]
-    if bool((positions.diff() == 0).any()):
-        raise ValueError("kv_positions must not name a position twice")
-    kv = torch.stack((k, v), dim=1)
+    kv = torch.stack((k, v)).transpose(1, 2)
     in_order = bool((order.diff() > 0).all())
-    return (kv if in_order else kv[order.to(kv.device)]), positions
+    return (kv if in_order else kv[:, :, order.to(kv.device)]), positions[order]
 
 
 def _runs(positions: list[int]) -> tuple[Run, ...]:
@@ -176,8 +217,19 @@ def _gather_shards(
     own = torch.zeros(int(sizes.sum(1).max()), dtype=torch.int64, device=device)
     own[: len(q_positions) + len(kv_positions)] = torch.cat((q_positions, kv_positions))
     shards = []
+    kv_of_all = []
     for rank, positions in enumerate(_all_gather(own, group)):
         num_q, num_k = sizes[rank].tolist()
         listed = positions.tolist()
+        kv_of_all.append(positions[num_q : num_q + num_k])
         shards.append(_shard(rank, listed[:num_q], listed[num_q : num_q + num_k], causal))
+    _check_once(torch.cat(kv_of_all))
     return tuple(shards)
+
+
+def _check_once(kv_positions: Tensor) -> None:
+    values, counts = torch.unique(kv_positions, return_counts=True)
+    if len(values) != len(kv_positions):
+        raise ValueError(
+            f"kv_positions must not name a position twice, as they do {values[counts > 1][0]}"
+        )

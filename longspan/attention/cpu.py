@@ -19,9 +19,11 @@ def attention(
     (tokens, heads, head_dim), (keys, kv_heads, _) = q.shape, k.shape
     if tokens == 0 or keys == 0:  # the kernel divides by its number of blocks
         return AttentionState.empty(tokens, heads, head_dim, q.device)
+    # The kernel reads a head's numbers as if they were adjacent, whatever the last stride says.
+    q, k, v = (x.float() if x.stride(-1) == 1 else x.float().contiguous() for x in (q, k, v))
     group = heads // kv_heads
-    grouped = q.float().view(tokens, kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    k, v = k.float().transpose(0, 1), v.float().transpose(0, 1)
+    grouped = q.view(tokens, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    k, v = k.transpose(0, 1), v.transpose(0, 1)
     if causal:
         # One head of keys serves its group of query heads with stride 0, without a copy.
         k, v = (x.unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))

@@ -48,15 +48,15 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
     Associative and commutative up to rounding, with identity `(0, -inf)`; never makes a NaN, also
     for two empty states. This is the one operation of blockwise (arXiv 2305.19370), ring
     (arXiv 2310.01889) and tree attention (arXiv 2408.04093):
-    `lse = log(exp(lse_1) + exp(lse_2))`, `out = sum_i exp(lse_i - lse) out_i`.
+    `lse = log(exp(lse_1) + exp(lse_2))`, `out = sum_i exp(lse_i - lse) out_i`, here with weights
+    `sigmoid(lse_1 - lse_2)` and `sigmoid(lse_2 - lse_1)`, which sum to 1 at any lse.
     """
-    lse = torch.logaddexp(first.lse, second.lse)
-    return AttentionState(_share(first, lse) + _share(second, lse), lse)
+    out = _share(first, second.lse) + _share(second, first.lse)
+    return AttentionState(out, torch.logaddexp(first.lse, second.lse))
 
 
-def _share(state: AttentionState, lse: Tensor) -> Tensor:
-    # An empty state weighs nothing whatever its `out` holds: -inf minus -inf and 0 times NaN
-    # would both be NaN.
-    empty = state.lse == -torch.inf
-    weight = torch.exp(state.lse - lse).masked_fill(empty, 0.0)
-    return (state.out * weight.unsqueeze(-1)).masked_fill(empty.unsqueeze(-1), 0.0)
+def _share(state: AttentionState, other_lse: Tensor) -> Tensor:
+    # An empty state weighs nothing whatever its `out` holds: 0 times NaN would be NaN.
+    empty = (state.lse == -torch.inf).unsqueeze(-1)
+    weight = torch.sigmoid(state.lse - other_lse).unsqueeze(-1)
+    return (state.out * weight).masked_fill(empty, 0.0)

@@ -10,7 +10,7 @@ from longspan.attention.state import AttentionState
 from longspan.parallel.tiles import Tile
 
 Blocks = Sequence[Tensor]
-"""A shard's keys and values in order, in one or more tensors [S, 2, G, D]."""
+"""A shard's keys and values in order, in one or more tensors [2, G, S, D]."""
 
 
 def attend(
@@ -25,16 +25,16 @@ def attend(
     for tile in tiles:
         blocks = list(_slice(keys, tile.keys))
         if tile.causal and len(blocks) > 1:
-            blocks = [torch.cat(blocks)]
+            blocks = [torch.cat(blocks, dim=2)]
         for block in blocks:
-            state[tile.rows].absorb(
-                kernel(q[tile.rows], block[:, 0], block[:, 1], scale=scale, causal=tile.causal)
-            )
+            k, v = block.transpose(1, 2)
+            state[tile.rows].absorb(kernel(q[tile.rows], k, v, scale=scale, causal=tile.causal))
 
 
 def _slice(blocks: Blocks, keys: slice) -> Iterator[Tensor]:
     start, stop = keys.start, keys.stop
     for block in blocks:
-        if stop > 0 and start < len(block):
-            yield block[max(start, 0) : stop]
-        start, stop = start - len(block), stop - len(block)
+        length = block.shape[2]
+        if stop > 0 and start < length:
+            yield block[:, :, max(start, 0) : stop]
+        start, stop = start - length, stop - length

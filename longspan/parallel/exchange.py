@@ -22,7 +22,9 @@ can compute meanwhile, and returns a state for each segment's own queries."""
 class Exchange:
     """What this rank knows of the segments before any layer runs: sizes and who sees what.
 
-    It is worked out at first use and serves every layer of the step.
+    It is worked out at first use and serves every layer of the step. `segments` are all those of
+    the strategy in which this rank has a share; for pass-KV, whose keys pass through ranks that
+    may have no use for them, all ranks of the ring must have the same segments.
     """
 
     def __init__(self, segments: Sequence[Segment], transport: Transport) -> None:
@@ -100,7 +102,7 @@ class Exchange:
 class LayerExchange:
     """An exchange in one layer: this rank's tensors of each segment, and the arithmetic on them.
 
-    `queries[i]` is [T_i, H, D]; `keys[i]` the blocks [S, 2, G, D] of this rank's share; empty
+    `queries[i]` is [T_i, H, D]; `keys[i]` the blocks [2, G, S, D] of this rank's share; empty
     tensors where the rank has none. `like` is any tensor of the messages' dtype and device.
     """
 
@@ -126,16 +128,22 @@ class LayerExchange:
         heads, _, head_dim = self.shape
         return self.like.new_empty(tokens, heads, head_dim)
 
-    def empty_keys(self, tokens: int) -> Tensor:
+    def key_numbers(self, tokens: int) -> int:
+        """How many numbers the keys and values of so many tokens are."""
         _, kv_heads, head_dim = self.shape
-        return self.like.new_empty(tokens, 2, kv_heads, head_dim)
+        return tokens * 2 * kv_heads * head_dim
+
+    def empty_keys(self, tokens: int) -> Tensor:
+        """Room for the packed keys and values of so many tokens: flat, as they travel."""
+        return self.like.new_empty(self.key_numbers(tokens))
 
     def pack_keys(self, indices: Sequence[int]) -> Tensor:
-        """This rank's keys and values of some segments, one after the other [S, 2, G, D]."""
-        blocks = [block for index in indices for block in self.keys[index]]
-        if len(blocks) == 1:
-            return blocks[0].contiguous()
-        return torch.cat(blocks) if blocks else self.empty_keys(0)
+        """This rank's keys and values of some segments, one [2, G, S, D] after the other, flat."""
+        origin = self.exchange.rank
+        packed = self.empty_keys(sum(self.exchange.num_keys(index, origin) for index in indices))
+        for index, part in zip(indices, self._unpack(packed, indices, origin), strict=True):
+            torch.cat(tuple(self.keys[index]), dim=2, out=part)
+        return packed
 
     def pack_queries(self, indices: Sequence[int]) -> Tensor:
         """This rank's queries of some segments, one after the other [T, H, D]."""
@@ -167,7 +175,16 @@ class LayerExchange:
     ) -> None:
         """Merge attention over another rank's packed keys of the segments `indices`."""
         rank = self.exchange.rank
-        sizes = [self.exchange.num_keys(index, origin) for index in indices]
-        for index, keys in zip(indices, torch.split(block, sizes), strict=True):
+        for index, keys in zip(indices, self._unpack(block, indices, origin), strict=True):
             if len(self.queries[index]):
                 self.attend(index, states[index], self.queries[index], rank, [keys], origin)
+
+    def _unpack(self, packed: Tensor, indices: Sequence[int], origin: int) -> list[Tensor]:
+        """Views [2, G, S, D] of each segment's keys from one rank in a packed message."""
+        _, kv_heads, head_dim = self.shape
+        tokens = [self.exchange.num_keys(index, origin) for index in indices]
+        parts = torch.split(packed, [self.key_numbers(count) for count in tokens])
+        return [
+            part.view(2, kv_heads, count, head_dim)
+            for part, count in zip(parts, tokens, strict=True)
+        ]

@@ -17,7 +17,7 @@ def pass_kv(layer: LayerExchange) -> Job:
     for hop in range(1, size):
         coming = ring[(place - hop) % size]
         received = layer.empty_keys(exchange.num_travelling(coming, hop))
-        handed_on = block[: exchange.num_travelling(held, hop)]
+        handed_on = block[: layer.key_numbers(exchange.num_travelling(held, hop))]
         wait = layer.send(
             "pass_kv", [(ring[(place + 1) % size], handed_on)], [(ring[place - 1], received)]
         )
@@ -28,8 +28,9 @@ def pass_kv(layer: LayerExchange) -> Job:
             layer.absorb_block(states, block, exchange.travellers(held, hop - 1), held)
         wait()
         held, block = coming, received
-    if size > 1:
-        layer.absorb_block(states, block, exchange.travellers(held, size - 1), held)
-    else:
+    if size == 1:
+        yield
         layer.absorb_own(states)
+    else:
+        layer.absorb_block(states, block, exchange.travellers(held, size - 1), held)
     return states

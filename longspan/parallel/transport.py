@@ -115,7 +115,9 @@ class ThreadTransport(Transport):
 
         def wait() -> None:
             for (peer, tensor), ticket in zip(receives, tickets, strict=True):
-                tensor.copy_(self._take(peer, ticket))
+                message = self._take(peer, ticket)
+                assert message.shape == tensor.shape, (peer, message.shape, tensor.shape)
+                tensor.copy_(message)
 
         return wait
 

@@ -13,10 +13,9 @@ MIN_VIEW_TOKENS = 256
 
 
 class KVPool:
-    """`data` [L, slots, 2, G, D], a slot being one token's place: page p has slots p*P .. p*P+P-1.
+    """`data` [L, 2, G, slots, D], a slot being one token's place: page p has slots p*P .. p*P+P-1.
 
-    A token's key and value lie side by side, so that a run of pages can be sent to another rank
-    as it lies.
+    A head's keys in a run of pages lie side by side, which is what attention reads fastest.
     """
 
     def __init__(
@@ -32,7 +31,7 @@ class KVPool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.data = torch.empty(
-            (num_layers, num_pages * page_size, 2, num_kv_heads, head_dim),
+            (num_layers, 2, num_kv_heads, num_pages * page_size, head_dim),
             dtype=dtype,
             device=device,
         )
@@ -45,7 +44,8 @@ class KVPool:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [T, G, D] into slots [T] of one layer."""
-        self.data[layer].index_copy_(0, slots, torch.stack((k, v), dim=1))
+        for pool, tensor in zip(self.data[layer], (k, v), strict=True):
+            pool.index_copy_(1, slots, tensor.transpose(0, 1))
 
     def locate(self, extents: Sequence[Extent], tokens: int) -> list[slice] | Tensor:
         """Where the first `tokens` tokens of a share lie: slot ranges, or slots if scattered."""
@@ -61,7 +61,7 @@ class KVPool:
         return ranges
 
     def read(self, layer: int, places: list[slice] | Tensor) -> Blocks:
-        """The keys and values at `places` in one layer, in order: blocks [S, 2, G, D]."""
+        """The keys and values at `places` in one layer, in order: blocks [2, G, S, D]."""
         if isinstance(places, Tensor):
-            return [self.data[layer].index_select(0, places)]
-        return [self.data[layer, place] for place in places]
+            return [self.data[layer].index_select(2, places)]
+        return [self.data[layer, :, :, place] for place in places]

@@ -1,0 +1,176 @@
+"""A fleet of threads, and requests with their keys spread over it."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from longspan.attention import cpu
+from longspan.attention.reference import masked_attention
+from longspan.attention.state import AttentionState
+from longspan.engine.plan import Run, Segment, Shard, Strategy
+from longspan.parallel.exchange import Exchange, LayerExchange
+from longspan.parallel.strategies import STRATEGIES, finish
+from longspan.parallel.transport import ThreadTransport, Transport
+
+torch.set_num_threads(1)
+
+SHARED: tuple[Strategy, ...] = ("pass_kv", "gather_kv", "pass_q")
+"""The strategies for keys on several ranks."""
+
+Result = TypeVar("Result")
+Runs = tuple[Run, ...]
+
+
+def run_fleet(size: int, work: Callable[[Transport], Result]) -> list[Result]:
+    """What `work` returns on each of `size` ranks, which run at once; or the first error."""
+    transports = ThreadTransport.connect(size)
+    errors: list[BaseException] = []
+
+    def guarded(transport: Transport) -> Result:
+        try:
+            return work(transport)
+        except BaseException as error:
+            errors.append(error)
+            for each in transports:
+                each.stop()
+            raise
+
+    with ThreadPoolExecutor(size) as threads:
+        futures = [threads.submit(guarded, transport) for transport in transports]
+    if errors:
+        raise errors[0]
+    return [future.result() for future in futures]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Query heads, key/value heads, head size and type of a layer."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
+
+@dataclass(frozen=True)
+class Request:
+    """New tokens 0 .. new - 1 after `sum(cached)` cached ones, spread over some ranks.
+
+    `cached[i]` tokens lie on `ranks[i]`, which computes the new tokens `queries[i]` and holds the
+    keys of the new tokens `keys[i]`.
+    """
+
+    ranks: tuple[int, ...]
+    cached: tuple[int, ...]
+    queries: tuple[Runs, ...]
+    keys: tuple[Runs, ...]
+
+    @property
+    def num_cached(self) -> int:
+        return sum(self.cached)
+
+    @property
+    def num_new(self) -> int:
+        return sum(run.length for runs in self.queries for run in runs)
+
+    def segment(self, strategy: Strategy) -> Segment:
+        shards = zip(self.ranks, self.queries, self.cached, self.keys, strict=True)
+        return Segment(
+            "request",
+            strategy,
+            tuple(
+                Shard(rank, self._absolute(queries), cached, self._absolute(keys))
+                for rank, queries, cached, keys in shards
+            ),
+        )
+
+    def _absolute(self, runs: Runs) -> Runs:
+        return tuple(Run(self.num_cached + run.start, run.length) for run in runs)
+
+
+@lru_cache(maxsize=64)
+def whole(cached: int, new: int, shape: Shape) -> tuple[Tensor, Tensor]:
+    """A request on one device: q [new, H, D] and keys with values [cached + new, 2, G, D]."""
+    generator = torch.Generator().manual_seed(cached * 10_007 + new)
+    q = torch.randn(new, shape.heads, shape.head_dim, generator=generator)
+    kv = torch.randn(cached + new, 2, shape.kv_heads, shape.head_dim, generator=generator)
+    return q.to(shape.dtype), kv.to(shape.dtype)
+
+
+@lru_cache(maxsize=64)
+def expected(cached: int, new: int, shape: Shape) -> AttentionState:
+    """The reference's attention of the new tokens, causal, in float32."""
+    q, kv = whole(cached, new, shape)
+    visible = torch.arange(cached + new) <= torch.arange(cached, cached + new).unsqueeze(1)
+    return masked_attention(q, kv[:, 0], kv[:, 1], visible, scale=shape.scale)
+
+
+def tokens(runs: Runs) -> list[int]:
+    return [token for run in runs for token in range(run.start, run.end)]
+
+
+def share(request: Request, rank: int, shape: Shape) -> tuple[Tensor, list[Tensor]]:
+    """One rank's queries and blocks [2, G, S, D] of a request, cached tokens in any order."""
+    q, kv = whole(request.num_cached, request.num_new, shape)
+    if rank not in request.ranks:
+        return q[:0], []
+    place = request.ranks.index(rank)
+    generator = torch.Generator().manual_seed(request.num_cached)
+    shuffled = torch.randperm(request.num_cached, generator=generator)
+    cached = torch.split(shuffled, list(request.cached))[place].tolist()
+    new = [request.num_cached + token for token in tokens(request.keys[place])]
+    keys = kv[cached + new].permute(1, 2, 0, 3)
+    cut = keys.shape[2] // 3
+    return q[tokens(request.queries[place])], [keys[:, :, :cut], keys[:, :, cut:]]
+
+
+def layer_of(
+    requests: Sequence[Request],
+    strategy: Strategy,
+    transport: Transport,
+    shape: Shape,
+) -> LayerExchange:
+    """The requests as one exchange, seen from one rank."""
+    shares = [share(request, transport.rank, shape) for request in requests]
+    return LayerExchange(
+        Exchange([request.segment(strategy) for request in requests], transport),
+        queries=[q for q, _ in shares],
+        keys=[keys for _, keys in shares],
+        kernel=cpu.attention,
+        scale=shape.scale,
+        shape=(shape.heads, shape.kv_heads, shape.head_dim),
+        like=torch.empty(0, dtype=shape.dtype),
+    )
+
+
+def attend(
+    requests: Sequence[Request], strategy: Strategy, transport: Transport, shape: Shape
+) -> list[AttentionState]:
+    """Attention of one rank's queries of each request; a rank without a share stays away."""
+    layer = layer_of(requests, strategy, transport, shape)
+    if transport.rank not in layer.exchange.ranks:
+        return layer.empty_states()
+    return finish(STRATEGIES[strategy](layer))
+
+
+def assert_close(actual: AttentionState, expected: AttentionState) -> None:
+    assert actual.out.dtype == actual.lse.dtype == torch.float32
+    torch.testing.assert_close(actual.out, expected.out, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(actual.lse, expected.lse, atol=2e-6, rtol=1e-5)
+
+
+def assert_expected(request: Request, states: Sequence[AttentionState], shape: Shape) -> None:
+    """Every rank's state of its queries (`states[rank]`) is what one device would compute."""
+    one_device = expected(request.num_cached, request.num_new, shape)
+    for rank, queries in zip(request.ranks, request.queries, strict=True):
+        rows = tokens(queries)
+        assert_close(states[rank], AttentionState(one_device.out[rows], one_device.lse[rows]))
