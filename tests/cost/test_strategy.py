@@ -1,0 +1,177 @@
+"""Bytes are those of the known formulas, and a step takes the strategy that sends the fewest."""
+
+from collections.abc import Sequence
+from typing import get_args
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from longspan.cost.strategy import KVShape, choose, exchanged_bytes
+from longspan.engine.plan import Run, Shard, Strategy
+from longspan.models import ModelSpec
+
+LLAMA_8B = KVShape(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, itemsize=2)
+
+shapes = st.builds(
+    KVShape,
+    num_layers=st.integers(1, 80),
+    num_heads=st.sampled_from((8, 32, 64, 128)),
+    num_kv_heads=st.sampled_from((1, 2, 8)),
+    head_dim=st.sampled_from((64, 80, 128)),
+    itemsize=st.sampled_from((2, 4)),
+)
+ranks = st.integers(2, 16)
+
+
+def even(size: int, new: int, cached: int) -> list[Shard]:
+    """Each of `size` ranks has `new` of the new tokens and `cached` of the cached ones."""
+    return [
+        Shard(rank, run, cached, run) for rank in range(size) for run in ((Run(rank * new, new),),)
+    ]
+
+
+def decode(cached: Sequence[int]) -> list[Shard]:
+    """One new token on the first rank; each rank holds so many cached ones."""
+    new = (Run(sum(cached), 1),)
+    return [
+        Shard(rank, () if rank else new, tokens, () if rank else new)
+        for rank, tokens in enumerate(cached)
+    ]
+
+
+@st.composite
+def uneven(draw: st.DrawFn) -> list[Shard]:
+    """Any shares of 1 to 6 ranks, at least one with queries."""
+    sizes = st.tuples(st.integers(0, 9), st.integers(0, 9))
+    pairs = draw(st.dictionaries(st.integers(0, 9), sizes, min_size=1, max_size=6))
+    assume(any(new for new, _ in pairs.values()))
+    shards, start = [], 0
+    for rank, (new, cached) in sorted(pairs.items()):
+        runs = (Run(start, new),) if new else ()
+        shards.append(Shard(rank, runs, cached, runs))
+        start += new
+    return shards
+
+
+@given(ranks, st.integers(1, 10**5), st.integers(0, 10**5), shapes)
+def test_even_shards_send_what_the_formulas_say(
+    size: int, new: int, cached: int, shape: KVShape
+) -> None:
+    """A rank sends (N-1)(L/N) 2 n_kv d e, or (N-1)(T/N) n_q (d e + 4 d + 4), of 2411.01783."""
+    _, heads, kv_heads, head_dim, itemsize = shape
+    shards = even(size, new, cached)
+    keys = (size - 1) * (cached + new) * 2 * kv_heads * head_dim * itemsize
+    queries = (size - 1) * new * heads * (head_dim * itemsize + head_dim * 4 + 4)
+    assert exchanged_bytes("pass_kv", shards, shape) == size * keys
+    assert exchanged_bytes("gather_kv", shards, shape) == size * keys
+    assert exchanged_bytes("pass_q", shards, shape) == size * queries
+
+
+def test_llama_8b_on_8_ranks_sends_what_was_published() -> None:
+    """Megabytes that a rank sends in one layer, in full prefill of 128K, and of 4K after 124K."""
+    full, chunk = even(8, 16 * 1024, 0), even(8, 512, 15 * 1024 + 512)
+    assert exchanged_bytes("pass_kv", full, LLAMA_8B) / 8e6 == pytest.approx(470, abs=1)
+    assert exchanged_bytes("pass_kv", chunk, LLAMA_8B) / 8e6 == pytest.approx(470, abs=1)
+    queries_there = 7 * 512 * 32 * 128 * 2
+    states_back = 7 * 512 * 32 * (128 * 4 + 4)
+    assert exchanged_bytes("pass_q", chunk, LLAMA_8B) / 8 == queries_there + states_back
+
+
+@given(uneven(), shapes)
+def test_a_ring_takes_keys_hop_by_hop_no_further_than_the_last_rank_that_asks(
+    shards: list[Shard], shape: KVShape
+) -> None:
+    sent = 0
+    for place in range(len(shards)):
+        following = shards[place + 1 :] + shards[:place]
+        while following and not following[-1].num_queries:
+            following.pop()
+        sent += len(following) * shards[place].num_keys
+    assert exchanged_bytes("pass_kv", shards, shape) == sent * shape.key_bytes
+
+
+@given(uneven(), shapes)
+def test_all_other_strategies_send_between_each_rank_that_asks_and_each_that_holds(
+    shards: list[Shard], shape: KVShape
+) -> None:
+    keys = queries = 0
+    for asking in shards:
+        for holding in shards:
+            if asking.rank != holding.rank and asking.num_queries and holding.num_keys:
+                keys += holding.num_keys
+                queries += asking.num_queries
+    assert exchanged_bytes("gather_kv", shards, shape) == keys * shape.key_bytes
+    assert exchanged_bytes("pass_q", shards, shape) == queries * shape.query_bytes
+
+
+@given(uneven(), shapes)
+def test_the_chosen_strategy_sends_no_more_than_the_other(
+    shards: list[Shard], shape: KVShape
+) -> None:
+    chosen = choose(shards, shape)
+    assert (chosen == "local") == (len(shards) == 1)
+    if chosen != "local":
+        fewest = min(exchanged_bytes(other, shards, shape) for other in ("pass_kv", "pass_q"))
+        assert exchanged_bytes(chosen, shards, shape) == fewest
+
+
+@given(uneven(), shapes)
+def test_one_rank_alone_sends_nothing(shards: list[Shard], shape: KVShape) -> None:
+    alone = [shard for shard in shards if shard.num_queries][:1]
+    assert choose(alone, shape) == "local"
+    for strategy in get_args(Strategy):
+        assert exchanged_bytes(strategy, alone, shape) == 0
+
+
+@given(ranks, st.integers(1, 10**6), shapes)
+def test_full_prefill_passes_keys(size: int, new: int, shape: KVShape) -> None:
+    assert choose(even(size, new, cached=0), shape) == "pass_kv"
+
+
+@given(st.lists(st.integers(512, 10**6), min_size=2, max_size=16), shapes)
+def test_decode_passes_queries(cached: list[int], shape: KVShape) -> None:
+    assert choose(decode(cached), shape) == "pass_q"
+
+
+@given(ranks, st.integers(1, 2000), shapes)
+def test_more_new_tokens_turn_from_queries_to_keys_once_and_for_all(
+    size: int, cached: int, shape: KVShape
+) -> None:
+    """The turn is where new tokens are the share key_bytes / query_bytes of all."""
+    for new in range(1, 60):
+        fewer_queries = new * shape.query_bytes < (cached + new) * shape.key_bytes
+        expected = "pass_q" if fewer_queries else "pass_kv"
+        assert choose(even(size, new, cached), shape) == expected
+    choices = [choose(even(size, new, cached), shape) for new in (1, 3, 9, 27, 81, 243, 729, 10**5)]
+    assert choices == sorted(choices, reverse=True), "pass_q first, then pass_kv only"
+    assert choices[-1] == "pass_kv"
+
+
+@given(ranks, st.integers(1, 100), shapes)
+def test_more_cached_tokens_turn_from_keys_to_queries_once_and_for_all(
+    size: int, new: int, shape: KVShape
+) -> None:
+    choices = [choose(even(size, new, cached), shape) for cached in (0, 1, 9, 81, 729, 6561, 10**6)]
+    assert choices == sorted(choices), "pass_kv first, then pass_q only"
+    assert (choices[0], choices[-1]) == ("pass_kv", "pass_q")
+
+
+def test_a_shape_is_read_from_a_model() -> None:
+    spec = ModelSpec(
+        name="m",
+        architecture="A",
+        num_layers=3,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=99,
+        max_model_len=99,
+        eos_token_ids=(),
+        dtype="bfloat16",
+    )
+    shape = KVShape.of(spec)
+    assert shape == KVShape(3, 8, 2, 16, 2)
+    assert shape.key_bytes == 2 * 2 * 16 * 2
+    assert shape.token_bytes == 3 * shape.key_bytes
+    assert shape.query_bytes == 8 * (16 * 2 + 16 * 4 + 4)
