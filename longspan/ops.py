@@ -16,12 +16,12 @@ from torch import Tensor
 
 from longspan.attention.kernel import kernel_for
 from longspan.attention.state import AttentionState, merge
-from longspan.engine.plan import Run, Segment, Shard
 from longspan.parallel.blockwise import attend
 from longspan.parallel.exchange import Exchange, LayerExchange
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.tiles import tiles
 from longspan.parallel.transport import TorchTransport
+from longspan.plan import Run, Segment, Shard
 
 Strategy = Literal["pass_kv", "gather_kv", "pass_q"]
 

@@ -24,8 +24,8 @@ DECIDING = ("longspan.engine", "longspan.cost", "longspan.config", "longspan.err
 
 MAY_IMPORT = {
     "longspan.attention": ("longspan.attention",),
-    "longspan.parallel": ("longspan.parallel", "longspan.attention", "longspan.engine.plan"),
-    "longspan.cost": ("longspan.cost", "longspan.engine.plan"),
+    "longspan.parallel": ("longspan.parallel", "longspan.attention", "longspan.plan"),
+    "longspan.cost": ("longspan.cost", "longspan.plan"),
 }
 """What of Longspan these packages import and nothing else."""
 
@@ -38,7 +38,7 @@ MAY_NOT_IMPORT = {
 IMPORTED_ALONE = (
     "longspan",
     "longspan.config",
-    "longspan.engine.plan",
+    "longspan.plan",
     "longspan.engine.ledger",
     "longspan.engine.placement",
     "longspan.engine.scheduler",

@@ -13,8 +13,8 @@ import pytest
 import zoo
 
 from longspan import LLM, SamplingParams
-from longspan.engine.plan import Part, RankPlan, Run, Segment, Shard
 from longspan.errors import EngineStoppedError, RankFailedError
+from longspan.plan import Part, RankPlan, Run, Segment, Shard
 from longspan.worker.processes import ProcessExecutor
 
 LONG = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)

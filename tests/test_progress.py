@@ -11,9 +11,9 @@ from rich.console import Console
 import longspan.progress
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine, KVUsage
-from longspan.engine.plan import RankPlan, RankResult, Sampled
 from longspan.models import ModelSpec
 from longspan.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from longspan.plan import RankPlan, RankResult, Sampled
 from longspan.progress import Progress, Snapshot, kv_cells, summary
 from longspan.sampling_params import SamplingParams
 

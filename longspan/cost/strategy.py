@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from longspan.engine.plan import Shard, Strategy
+from longspan.plan import Shard, Strategy
 
 if TYPE_CHECKING:
     from longspan.models import ModelSpec

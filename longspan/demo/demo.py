@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from longspan.demo import model_path, text
-from longspan.engine.plan import Traffic
 from longspan.errors import InvalidRequestError
 from longspan.llm import LLM
 from longspan.outputs import RequestOutput
+from longspan.plan import Traffic
 from longspan.progress import summary
 from longspan.sampling_params import SamplingParams
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longspan.engine.plan import TokenLogprob
 from longspan.engine.request import Request
 from longspan.outputs import CompletionOutput, Logprob, RequestOutput
+from longspan.plan import TokenLogprob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,11 +11,11 @@ from longspan.engine.completion import Group
 from longspan.engine.detokenizer import Detokenizer
 from longspan.engine.executor import Executor
 from longspan.engine.ledger import Ledger
-from longspan.engine.plan import Traffic
 from longspan.engine.request import Request
 from longspan.engine.scheduler import Scheduler
 from longspan.errors import InvalidRequestError
 from longspan.models import ModelSpec
+from longspan.plan import Traffic
 from longspan.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from longspan.engine.plan import RankPlan, RankResult
+from longspan.plan import RankPlan, RankResult
 
 
 class Executor(Protocol):

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from longspan.engine.plan import Extent
+from longspan.plan import Extent
 
 
 class Ledger:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from longspan.engine.plan import Run
 from longspan.engine.request import Request
 from longspan.engine.shard import fair_shares, zigzag
+from longspan.plan import Run
 
 
 def choose_ranks(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from longspan.engine.detokenizer import Detokenizer
-from longspan.engine.plan import Extent, Run, Sampled, Sampling, TokenLogprob
 from longspan.outputs import RequestMetrics
+from longspan.plan import Extent, Run, Sampled, Sampling, TokenLogprob
 from longspan.sampling_params import SamplingParams
 
 

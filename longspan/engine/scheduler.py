@@ -9,7 +9,8 @@ from longspan.config import EngineConfig
 from longspan.cost.strategy import KVShape, choose
 from longspan.engine.ledger import Ledger
 from longspan.engine.placement import choose_ranks, cut
-from longspan.engine.plan import (
+from longspan.engine.request import Request
+from longspan.plan import (
     Part,
     RankPlan,
     RankResult,
@@ -19,7 +20,6 @@ from longspan.engine.plan import (
     Shard,
     Strategy,
 )
-from longspan.engine.request import Request
 
 
 @dataclass(frozen=True, slots=True)

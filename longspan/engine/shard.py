@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from longspan.engine.plan import Run
+from longspan.plan import Run
 
 
 def fair_shares(total: int, capacities: Sequence[int]) -> list[int]:

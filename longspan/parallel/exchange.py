@@ -9,10 +9,10 @@ from torch import Tensor
 
 from longspan.attention.kernel import Kernel
 from longspan.attention.state import AttentionState
-from longspan.engine.plan import Segment
 from longspan.parallel.blockwise import Blocks, attend
 from longspan.parallel.tiles import Tile, tiles
 from longspan.parallel.transport import Message, Transport, Wait
+from longspan.plan import Segment
 
 Job = Generator[None, None, list[AttentionState]]
 """A strategy at work: it yields once, when its first messages are under way, so that the caller

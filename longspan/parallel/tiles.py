@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from longspan.engine.plan import Run, Shard
+from longspan.plan import Run, Shard
 
 
 class Tile(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.engine.plan import Traffic
+from longspan.plan import Traffic
 
 Message = tuple[int, Tensor]
 Wait = Callable[[], None]

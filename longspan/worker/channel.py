@@ -5,8 +5,8 @@ import socket
 import msgspec
 
 from longspan.config import EngineConfig
-from longspan.engine.plan import RankPlan, RankResult
 from longspan.models import ModelSpec
+from longspan.plan import RankPlan, RankResult
 
 
 class Start(msgspec.Struct, tag=True, frozen=True):

@@ -6,10 +6,10 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from transformers.utils import logging
 
 from longspan.config import EngineConfig
-from longspan.engine.plan import RankPlan, RankResult
 from longspan.errors import EngineStoppedError, RankFailedError
 from longspan.models import ModelSpec
 from longspan.parallel.transport import ThreadTransport
+from longspan.plan import RankPlan, RankResult
 from longspan.worker.launch import device_of
 from longspan.worker.model_runner import ModelRunner
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.engine.plan import Extent
 from longspan.parallel.blockwise import Blocks
+from longspan.plan import Extent
 
 MIN_VIEW_TOKENS = 256
 """Extents shorter than this on average are copied together: a call for each would cost more."""

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 from longspan.attention.kernel import kernel_for
 from longspan.config import EngineConfig
 from longspan.cost.strategy import KVShape
-from longspan.engine.plan import RankPlan, RankResult
 from longspan.errors import ConfigError
 from longspan.models import ModelSpec
 from longspan.parallel.transport import Transport
+from longspan.plan import RankPlan, RankResult
 from longspan.worker import hf_attention
 from longspan.worker.kv_pool import KVPool
 from longspan.worker.probe import probe

@@ -17,9 +17,9 @@ from typing import TypeVar
 
 from longspan import errors
 from longspan.config import EngineConfig
-from longspan.engine.plan import RankPlan, RankResult
 from longspan.errors import EngineStoppedError, LongspanError, RankFailedError
 from longspan.models import ModelSpec
+from longspan.plan import RankPlan, RankResult
 from longspan.worker.channel import Channel, Done, Execute, Failed, Message, Ready, Start
 
 GRACE_SECONDS = 3.0

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.engine.plan import Sampled, Sampling, TokenLogprob
+from longspan.plan import Sampled, Sampling, TokenLogprob
 
 _IMPOSSIBLE = float("-inf")
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15

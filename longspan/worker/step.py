@@ -8,12 +8,12 @@ from torch import Tensor
 
 from longspan.attention.kernel import Kernel
 from longspan.attention.state import AttentionState
-from longspan.engine.plan import Part, RankPlan
 from longspan.parallel.blockwise import attend
 from longspan.parallel.exchange import Exchange, LayerExchange
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.tiles import Tile, tiles
 from longspan.parallel.transport import Transport
+from longspan.plan import Part, RankPlan
 from longspan.worker.kv_pool import KVPool
 
 

@@ -16,8 +16,8 @@ import msgspec
 
 from longspan.config import EngineConfig
 from longspan.engine.engine import Engine
-from longspan.engine.plan import Extent, RankPlan, RankResult, Sampled, Sampling
 from longspan.models import ModelSpec
+from longspan.plan import Extent, RankPlan, RankResult, Sampled, Sampling
 
 VOCAB_SIZE = 64
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.engine.ledger import Ledger
-from longspan.engine.plan import Extent
+from longspan.plan import Extent
 
 PAGE_SIZE = 4
 

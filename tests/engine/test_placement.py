@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from longspan.engine.detokenizer import Detokenizer
 from longspan.engine.placement import choose_ranks, cut
-from longspan.engine.plan import Run
 from longspan.engine.request import Request
+from longspan.plan import Run
 from longspan.sampling_params import SamplingParams
 
 often = settings(max_examples=150)

@@ -19,10 +19,10 @@ from simulated import VOCAB_SIZE, Plans, SimulatedExecutor, simulated_engine
 
 from longspan.engine.completion import Group
 from longspan.engine.engine import Engine
-from longspan.engine.plan import Extent, RankPlan, Segment
 from longspan.engine.request import Request
 from longspan.errors import InvalidRequestError
 from longspan.outputs import CompletionOutput
+from longspan.plan import Extent, RankPlan, Segment
 from longspan.sampling_params import SamplingParams
 
 Place = tuple[int, int, int]

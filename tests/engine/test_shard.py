@@ -5,8 +5,8 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.engine.plan import Run
 from longspan.engine.shard import fair_shares, zigzag
+from longspan.plan import Run
 
 quick = settings(deadline=None, max_examples=500)
 

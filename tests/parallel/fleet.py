@@ -12,10 +12,10 @@ from torch import Tensor
 from longspan.attention import cpu
 from longspan.attention.reference import masked_attention
 from longspan.attention.state import AttentionState
-from longspan.engine.plan import Run, Segment, Shard, Strategy
 from longspan.parallel.exchange import Exchange, LayerExchange
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.transport import ThreadTransport, Transport
+from longspan.plan import Run, Segment, Shard, Strategy
 
 torch.set_num_threads(1)
 

@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longspan.attention.state import AttentionState
-from longspan.engine.plan import Run, Strategy
 from longspan.engine.shard import fair_shares, zigzag
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.transport import Transport
+from longspan.plan import Run, Strategy
 
 each_strategy = pytest.mark.parametrize("strategy", SHARED)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longspan.engine.plan import Run, Shard
 from longspan.engine.shard import zigzag
 from longspan.parallel.tiles import Tile, tiles
+from longspan.plan import Run, Shard
 
 quick = settings(deadline=None, max_examples=500)
 

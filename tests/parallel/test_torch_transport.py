@@ -20,11 +20,11 @@ from fleet import SHARED, Request, Shape, assert_close, assert_expected, attend,
 from torch import Tensor
 
 from longspan.attention.state import AttentionState
-from longspan.engine.plan import Run, Strategy, Traffic
 from longspan.engine.shard import zigzag
 from longspan.ops import attention, context_parallel_attention
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.transport import TorchTransport, Transport
+from longspan.plan import Run, Strategy, Traffic
 
 torch.set_num_threads(1)
 

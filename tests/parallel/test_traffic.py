@@ -8,9 +8,9 @@ import torch
 from fleet import SHARED, Request, Runs, Shape, attend, run_fleet
 from torch import Tensor
 
-from longspan.engine.plan import Run, Strategy, Traffic
 from longspan.engine.shard import zigzag
 from longspan.parallel.transport import Transport
+from longspan.plan import Run, Strategy, Traffic
 
 each_strategy = pytest.mark.parametrize("strategy", SHARED)
 each_size = pytest.mark.parametrize("size", [2, 3, 4])

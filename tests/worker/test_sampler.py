@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from longspan.engine.plan import Sampled, Sampling
+from longspan.plan import Sampled, Sampling
 from longspan.worker.sampler import sample, surviving, uniform
 
 NAN, INFINITY = float("nan"), float("inf")

@@ -23,15 +23,8 @@ class Run(msgspec.Struct, frozen=True, array_like=True):
         return self.start + self.length
 
 
-class Extent(msgspec.Struct, frozen=True, array_like=True):
+class Extent(Run, frozen=True, array_like=True):
     """Consecutive pages `start .. start + length - 1` of one rank's pool."""
-
-    start: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
 
 
 class Shard(msgspec.Struct, frozen=True, array_like=True):
