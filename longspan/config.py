@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from longspan.errors import ConfigError
 
@@ -82,21 +82,23 @@ class EngineConfig:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known options: {known}"
                 raise ConfigError(f"unknown option {name}={options[name]!r}; {hint}")
-        if isinstance(options.get("kv_cache_tokens"), list):
-            options["kv_cache_tokens"] = tuple(options["kv_cache_tokens"])
         return cls(**options)
 
     def __post_init__(self) -> None:
+        if isinstance(self.kv_cache_tokens, list):
+            object.__setattr__(self, "kv_cache_tokens", tuple(self.kv_cache_tokens))
+        self._check_types()
         for name in (
             "context_parallel_size",
-            "max_model_len",
-            "kv_cache_memory_bytes",
             "page_size",
             "max_num_batched_tokens",
             "max_num_seqs",
             "min_tokens_per_rank",
         ):
             self._check_at_least_one(name, getattr(self, name))
+        for name in ("max_model_len", "kv_cache_memory_bytes"):
+            if getattr(self, name) is not None:
+                self._check_at_least_one(name, getattr(self, name))
         self._check_choices()
         self._check_kv_capacity()
 
@@ -114,10 +116,21 @@ class EngineConfig:
             return self.kv_cache_tokens[rank]
         return self.kv_cache_tokens
 
+    def _check_types(self) -> None:
+        for name, kind, meaning in (
+            ("model", str, "a path or an id"),
+            ("tokenizer", str | None, "a path or an id"),
+            ("revision", str | None, "a branch, tag or commit"),
+            ("trust_remote_code", bool, "True or False"),
+            ("gpu_memory_utilization", float | int | None, "a number"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be {meaning}")
+        if not _is_whole(self.seed):
+            raise ConfigError(f"seed={self.seed!r} must be a whole number")
+
     def _check_at_least_one(self, name: str, value: object) -> None:
-        if value is None:
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not (_is_whole(value) and value >= 1):
             raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
 
     def _check_choices(self) -> None:
@@ -137,7 +150,8 @@ class EngineConfig:
             if getattr(self, name) is not None
         ]
         if len(given) > 1:
-            raise ConfigError(f"{given[0]} and {given[1]} contradict each other; give only one")
+            first, second = (f"{name}={getattr(self, name)!r}" for name in given[:2])
+            raise ConfigError(f"{first} and {second} contradict each other; give only one")
         fraction = self.gpu_memory_utilization
         if fraction is not None and not 0 < fraction <= 1:
             raise ConfigError(f"gpu_memory_utilization={fraction!r} must be above 0 and at most 1")
@@ -147,12 +161,16 @@ class EngineConfig:
                     f"kv_cache_tokens={list(self.kv_cache_tokens)} names "
                     f"{len(self.kv_cache_tokens)} ranks; context_parallel_size={self.num_ranks}"
                 )
-            capacities: tuple[int | None, ...] = self.kv_cache_tokens
+            capacities = self.kv_cache_tokens
         else:
-            capacities = (self.kv_cache_tokens,)
+            capacities = () if self.kv_cache_tokens is None else (self.kv_cache_tokens,)
         for capacity in capacities:
             self._check_at_least_one("kv_cache_tokens", capacity)
-            if capacity is not None and capacity < self.page_size:
+            if capacity < self.page_size:
                 raise ConfigError(
                     f"kv_cache_tokens={capacity} is less than one page (page_size={self.page_size})"
                 )
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -42,6 +42,7 @@ IMPORTED_ALONE = (
     "longspan.engine.ledger",
     "longspan.engine.placement",
     "longspan.engine.scheduler",
+    "longspan.engine.engine",
     "longspan.engine.completion",
     "longspan.engine.executor",
     "longspan.cost.strategy",
@@ -114,13 +115,8 @@ def deciding_modules() -> list[str]:
     return [module for module in modules() if is_within(module, DECIDING)]
 
 
-ENGINE_TENSORS = "finding A1: engine.engine imports longspan.models, which imports transformers"
-
-
 @pytest.mark.parametrize("module", deciding_modules())
-def test_what_decides_imports_no_tensors(module: str, request: pytest.FixtureRequest) -> None:
-    if module == "longspan.engine.engine":
-        request.applymarker(pytest.mark.xfail(strict=True, reason=ENGINE_TENSORS))
+def test_what_decides_imports_no_tensors(module: str) -> None:
     roots = {name.partition(".")[0] for name in reached(module)}
     assert not roots & TENSORS
 

@@ -14,15 +14,17 @@ from longspan.engine.ledger import Ledger
 from longspan.engine.request import Request
 from longspan.engine.scheduler import Scheduler
 from longspan.errors import InvalidRequestError
-from longspan.models import ModelSpec
 from longspan.plan import Traffic
 from longspan.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SEED_STEP = 0x9E3779B97F4A7C15
-_SEED_MASK = 2**64 - 1
+    from longspan.models import ModelSpec
+
+# Odd numbers without a small common multiple: no two sequences get the same seed.
+_STREAM_STEP = 0xD1342543DE82EF95
+_INDEX_STEP = 0xAF251AF3B0F025B5
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Engine:
     def __init__(
         self,
         config: EngineConfig,
-        spec: ModelSpec,
+        spec: "ModelSpec",
         executor: Executor,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
     ) -> None:
@@ -92,13 +94,15 @@ class Engine:
             InvalidRequestError: prompt or parameters can't be served; names field, value, limit.
         """
         self.check(prompt_token_ids, params)
-        number = next(self._numbers)
-        request_id = str(number) if request_id is None else request_id
         if request_id in self._groups:
             raise InvalidRequestError(f"request_id={request_id!r} is already running")
-        seed = params.seed if params.seed is not None else self.config.seed + number
+        number = next(n for n in self._numbers if str(n) not in self._groups)
+        request_id = str(number) if request_id is None else request_id
+        seed, stream = (params.seed, 0) if params.seed is not None else (self.config.seed, number)
         requests = [
-            self._request(f"{request_id}/{index}", prompt_token_ids, params, seed + index)
+            self._request(
+                f"{request_id}/{index}", prompt_token_ids, params, _mixed(seed, stream, index)
+            )
             for index in range(params.n)
         ]
         group = Group(request_id, prompt, list(prompt_token_ids), requests, self.tokenizer)
@@ -150,7 +154,7 @@ class Engine:
             request_id,
             prompt,
             params,
-            seed=seed & _SEED_MASK,
+            seed=seed,
             end_ids=end_ids,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             detokenizer=Detokenizer(
@@ -176,3 +180,8 @@ class Engine:
                 total.calls += sent.calls
                 total.messages += sent.messages
                 total.bytes += sent.bytes
+
+
+def _mixed(seed: int, stream: int, index: int) -> int:
+    """A 64-bit seed for one of several sequences; for stream and index 0 the seed itself."""
+    return int((seed + stream * _STREAM_STEP + index * _INDEX_STEP) % 2**64)

@@ -39,42 +39,62 @@ class Ledger:
         return -(-tokens // self.page_size)
 
     def allocate(self, rank: int, pages: int, after: int | None = None) -> list[Extent]:
-        """Take pages of one rank: those that follow page `after` first, else from long extents."""
+        """Take pages of one rank: first those that follow page `after`, the owner's last one.
+
+        A request that can't go on there starts in the middle of the longest free extent, so that
+        requests that decode side by side don't grow into each other.
+        """
         assert 0 < pages <= self._num_free[rank], (rank, pages, self._num_free[rank])
         self._num_free[rank] -= pages
-        taken: list[Extent] = []
-        while pages:
-            extent = self._pick(rank, pages, after)
-            part = Extent(extent.start, min(extent.length, pages))
-            self._remove(rank, extent, part)
-            taken.append(part)
-            pages -= part.length
-            after = part.end - 1
+        taken = []
+        if after is not None and (next_to := self._starting_at(rank, after + 1)):
+            taken.append(Extent(next_to.start, min(next_to.length, pages)))
+            self._remove(rank, next_to, taken[0])
+            pages -= taken[0].length
+        if pages:
+            taken += self._take(rank, pages, growing=after is not None)
         return taken
 
     def release(self, rank: int, extents: Iterable[Extent]) -> None:
         """Give pages of one rank back."""
         for extent in extents:
+            assert extent.end <= self.num_pages[rank], (rank, extent, self.num_pages[rank])
             self._insert(rank, extent)
             self._num_free[rank] += extent.length
-        assert self._num_free[rank] <= self.num_pages[rank], (rank, self._num_free[rank])
 
-    def _pick(self, rank: int, pages: int, after: int | None) -> Extent:
+    def _take(self, rank: int, pages: int, growing: bool) -> list[Extent]:
+        """So many pages from one extent that has them, else from the longest ones."""
         free = self._free[rank]
-        if after is not None:
-            at = bisect_left(free, after + 1, key=lambda extent: extent.start)
-            if at < len(free) and free[at].start == after + 1:
-                return free[at]
-        for extent in free:
-            if extent.length >= pages:
-                return extent
-        return max(free, key=lambda extent: extent.length)
+        if growing:
+            longest = max(free, key=lambda extent: extent.length)
+            if longest.length >= pages:
+                start = longest.start + (longest.length - pages) // 2
+                part = Extent(start, pages)
+                self._remove(rank, longest, part)
+                return [part]
+        fitting = next((extent for extent in free if extent.length >= pages), None)
+        chosen = [fitting] if fitting else sorted(free, key=lambda extent: -extent.length)
+        taken: list[Extent] = []
+        for extent in chosen:
+            part = Extent(extent.start, min(extent.length, pages))
+            self._remove(rank, extent, part)
+            taken.append(part)
+            pages -= part.length
+            if not pages:
+                break
+        return taken
+
+    def _starting_at(self, rank: int, page: int) -> Extent | None:
+        free = self._free[rank]
+        at = bisect_left(free, page, key=lambda extent: extent.start)
+        return free[at] if at < len(free) and free[at].start == page else None
 
     def _remove(self, rank: int, extent: Extent, part: Extent) -> None:
         free = self._free[rank]
         at = bisect_left(free, extent.start, key=lambda extent: extent.start)
-        rest = extent.length - part.length
-        free[at : at + 1] = [Extent(part.end, rest)] if rest else []
+        before = Extent(extent.start, part.start - extent.start)
+        behind = Extent(part.end, extent.end - part.end)
+        free[at : at + 1] = [rest for rest in (before, behind) if rest.length]
 
     def _insert(self, rank: int, extent: Extent) -> None:
         free = self._free[rank]

@@ -58,39 +58,35 @@ def _cut_pages(
     budgets: Sequence[int],
     page_size: int,
 ) -> list[tuple[int, Run]]:
-    pages = -(-(request.num_tokens - start) // page_size)
-    for ranks in _candidates(request, free_pages):
-        capacities = [min(free_pages[r], budgets[r] // page_size) for r in ranks]
-        if pages > 1 and any(capacities):
-            total = min(pages, sum(capacities))
-            return [
-                (
-                    rank,
-                    Run(first, min(page_run.end * page_size + start, request.num_tokens) - first),
-                )
-                for rank, page_runs in zip(
-                    ranks, zigzag(fair_shares(total, capacities)), strict=True
-                )
-                for page_run in page_runs
-                for first in (page_run.start * page_size + start,)
-            ]
-        for rank in ranks:
-            if free_pages[rank] and budgets[rank]:
-                length = min(request.num_tokens - start, page_size, budgets[rank])
-                return [(rank, Run(start, length))]
+    ranks, end = _open_ranks(request, free_pages), request.num_tokens
+    pages = -(-(end - start) // page_size)
+    capacities = [min(free_pages[rank], budgets[rank] // page_size) for rank in ranks]
+    if pages > 1 and any(capacities):
+        shares = fair_shares(min(pages, sum(capacities)), capacities)
+        runs = []
+        for rank, page_runs in zip(ranks, zigzag(shares), strict=True):
+            for run in page_runs:
+                first, last = (start + page * page_size for page in (run.start, run.end))
+                runs.append((rank, Run(first, min(last, end) - first)))
+        return runs
+    for rank in ranks:
+        if budgets[rank]:
+            return [(rank, Run(start, min(end - start, page_size, budgets[rank])))]
     return []
 
 
-def _candidates(request: Request, free_pages: Sequence[int]) -> list[list[int]]:
-    """The request's own ranks, those with fewest of its keys first, then all, emptiest first.
+def _open_ranks(request: Request, free_pages: Sequence[int]) -> list[int]:
+    """The ranks that may take the request's next pages, the preferred one first.
 
-    A single page goes to the first that has room; while decoding that is the home.
+    While decoding that is the home, else the request's own ranks, those with fewest of its keys
+    first. Only when those have no page left come all others, the emptiest first: a request waits
+    for its ranks' budget rather than to spread without need.
     """
-    own = sorted(request.ranks, key=lambda rank: request.num_keys(rank))
-    if request.num_pending == 1 and request.home is not None:
-        own = [request.home, *(rank for rank in own if rank != request.home)]
+    if request.num_pending == 1 and request.home is not None and free_pages[request.home]:
+        return [request.home]
+    own = sorted(request.ranks, key=request.num_keys)
     everyone = sorted(range(len(free_pages)), key=lambda rank: (-free_pages[rank], rank))
-    return [own, everyone]
+    return [r for r in own if free_pages[r]] or [r for r in everyone if free_pages[r]]
 
 
 def _extend(runs: list[Run], run: Run) -> None:

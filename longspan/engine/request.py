@@ -10,6 +10,8 @@ from longspan.outputs import RequestMetrics
 from longspan.plan import Extent, Run, Sampled, Sampling, TokenLogprob
 from longspan.sampling_params import SamplingParams
 
+MIN_EXPECTED_TOKENS = 16
+
 
 @dataclass(slots=True)
 class Holding:
@@ -81,6 +83,16 @@ class Request:
     def num_pending(self) -> int:
         """Tokens that are known but not computed: 1 while decoding, more while prefilling."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def expected_tokens(self) -> int:
+        """How long it is expected to become: its output as long again, or to its limit.
+
+        What has gone on for so long is expected to go on for as long again, knowing nothing else.
+        """
+        output = len(self.output_token_ids)
+        more = min(max(output, MIN_EXPECTED_TOKENS), self.max_tokens - output)
+        return self.num_tokens + more
 
     @property
     def num_pages(self) -> int:

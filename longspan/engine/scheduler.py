@@ -10,6 +10,7 @@ from longspan.cost.strategy import KVShape, choose
 from longspan.engine.ledger import Ledger
 from longspan.engine.placement import choose_ranks, cut
 from longspan.engine.request import Request
+from longspan.engine.shard import fair_shares
 from longspan.plan import (
     Part,
     RankPlan,
@@ -48,7 +49,7 @@ class Scheduler:
 
     A step takes decode tokens first, then prefill chunks of running requests, then admits waiting
     ones, until every rank's `max_num_batched_tokens` are spent. A request is admitted when the
-    free pages that no running prompt still needs can take its prompt.
+    free pages that no running one is expected to need can take it, as far as it is expected to go.
     """
 
     def __init__(self, config: EngineConfig, ledger: Ledger, shape: KVShape) -> None:
@@ -125,11 +126,14 @@ class Scheduler:
         chunks: list[Chunk] = []
         while self.waiting and len(self.running) < self.config.max_num_seqs:
             request = self.waiting[0]
-            if self.ledger.pages_of(request.num_tokens) > self._unclaimed_pages():
+            unclaimed = self._unclaimed_pages()
+            if self.ledger.pages_of(request.expected_tokens) > sum(unclaimed):
                 break
-            free = [self.ledger.num_free(rank) for rank in range(self.ledger.num_ranks)]
             request.ranks = choose_ranks(
-                request.num_tokens, free, self.config.page_size, self.config.min_tokens_per_rank
+                request.num_tokens,
+                unclaimed,
+                self.config.page_size,
+                self.config.min_tokens_per_rank,
             )
             chunk = self._chunk(request, budgets)
             if chunk is None:
@@ -141,12 +145,19 @@ class Scheduler:
             chunks.append(chunk)
         return chunks
 
-    def _unclaimed_pages(self) -> int:
-        """Free pages that no running request needs for the tokens that it already has."""
+    def _unclaimed_pages(self) -> list[int]:
+        """Each rank's free pages that no running request is expected to need."""
         ledger = self.ledger
-        free = sum(ledger.num_free(rank) for rank in range(ledger.num_ranks))
-        claimed = sum(ledger.pages_of(r.num_tokens) - r.num_pages for r in self.running)
-        return free - claimed
+        free = [ledger.num_free(rank) for rank in range(ledger.num_ranks)]
+        for request in self.running:
+            claimed = ledger.pages_of(request.expected_tokens) - request.num_pages
+            for ranks in (request.ranks, range(ledger.num_ranks)):
+                room = [free[rank] for rank in ranks]
+                shares = fair_shares(min(max(claimed, 0), sum(room)), room)
+                for rank, share in zip(ranks, shares, strict=True):
+                    free[rank] -= share
+                    claimed -= share
+        return free
 
     def _needs_page(self, request: Request) -> bool:
         """Whether a decoding request waits for a page, rather than for its home's budget."""

@@ -172,12 +172,7 @@ def test_tokens_take_whole_pages() -> None:
 
 # Findings: each test states what should hold and fails today. The reason says which finding.
 
-INTERLEAVED = "finding L1: a page that follows none is the first free one, so growth interleaves"
-QUADRATIC = "finding L2: for each extent that is taken all free ones are looked at"
-OUTSIDE = "finding L3: a page that the pool doesn't have becomes free"
 
-
-@pytest.mark.xfail(strict=True, reason=INTERLEAVED)
 def test_requests_that_decode_side_by_side_keep_long_extents() -> None:
     """64 of them grow from 1 page to 64 in a pool that has twice the pages: 1 or 2 extents each."""
     ledger = Ledger([64 * 64 * 2], PAGE_SIZE)
@@ -191,7 +186,6 @@ def test_requests_that_decode_side_by_side_keep_long_extents() -> None:
     assert num_extents <= 2 * 64 + 64
 
 
-@pytest.mark.xfail(strict=True, reason=QUADRATIC)
 def test_pages_of_a_scattered_pool_are_found_in_one_pass() -> None:
     """2,000 of 32,000 free pages of which no two are neighbours, in less than 100 passes' time."""
     ledger = Ledger([64_000], PAGE_SIZE)
@@ -206,7 +200,6 @@ def test_pages_of_a_scattered_pool_are_found_in_one_pass() -> None:
     assert time.process_time() - began < allowed
 
 
-@pytest.mark.xfail(strict=True, reason=OUTSIDE)
 def test_a_page_that_the_pool_does_not_have_is_not_taken_back() -> None:
     ledger = Ledger([4], PAGE_SIZE)
     ledger.allocate(0, 2)

@@ -486,9 +486,30 @@ def test_a_request_that_outgrows_its_rank_goes_on_on_the_next() -> None:
 
 
 def test_the_older_request_takes_the_younger_one_s_pages() -> None:
-    service = Service(Fleet((6,), 4), several(2, 3, max_tokens=15)).run()
+    service = Service(Fleet((20,), 4), several(2, 3, max_tokens=60)).run()
     older, younger = preemptions(service)
     assert older == 0 < younger
+
+
+def test_a_preempted_request_goes_on_before_those_that_came_later() -> None:
+    fleet = Fleet((6,), 4, {"max_num_seqs": 2})
+    service = Service(fleet, several(3, 3, max_tokens=15)).run()
+    first, second, third = (request.metrics for request in service.requests)
+    assert second.num_preemptions > 0
+    assert first.finished_time is not None
+    assert third.first_scheduled_time is not None
+    assert third.first_scheduled_time > first.finished_time
+
+
+def test_a_request_grows_behind_its_own_pages_rather_than_into_a_hole() -> None:
+    engine, _ = simulated_engine([20], page_size=4)
+    short, long = several(1, 4, max_tokens=1)[0], several(1, 8, max_tokens=30)[0]
+    for each in (short, long):
+        engine.add_request(each.prompt_token_ids, each.params)
+    for _ in range(20):
+        engine.step()
+    (request,) = engine.scheduler.running
+    assert request.holdings[0].extents == [Extent(1, 7)]
 
 
 def test_a_prompt_under_way_keeps_the_pages_that_it_still_needs() -> None:
@@ -499,8 +520,8 @@ def test_a_prompt_under_way_keeps_the_pages_that_it_still_needs() -> None:
 
 
 def test_prompts_whose_pages_were_eaten_by_decode_tokens_come_to_an_end() -> None:
-    fleet = Fleet((6, 6), 2, {"max_num_batched_tokens": 2, "min_tokens_per_rank": 2})
-    crowd = [*several(1, 3, max_tokens=20), *several(3, 9, max_tokens=3)]
+    fleet = Fleet((16, 16), 2, {"max_num_batched_tokens": 1, "min_tokens_per_rank": 2})
+    crowd = [*several(1, 3, max_tokens=55), *several(1, 40, max_tokens=3)]
     service = Service(fleet, crowd).run()
     assert preemptions(service)[0] == 0
     assert sum(preemptions(service)) > 0
@@ -520,6 +541,25 @@ def test_an_abort_frees_all_pages_at_once(in_a_step: bool, aborted_after: int) -
 def test_n_completions_differ_and_each_has_keys_of_its_own() -> None:
     service = Service(Fleet((30,), 4), several(1, 9, n=4, max_tokens=8)).run()
     assert len({tuple(r.output_token_ids) for r in service.requests}) == 4
+
+
+def test_a_sampling_says_all_that_a_draw_depends_on() -> None:
+    engine, executor = simulated_engine([9])
+    samplings: list[Sampling] = []
+    executor.before_step = lambda plans: samplings.extend(plans[0].samplings)
+    params = SamplingParams(
+        seed=7, max_tokens=3, min_tokens=2, stop_token_ids=[5], repetition_penalty=1.5, top_k=-1
+    )
+    group = engine.add_request([9, 8, 9], params)
+    while engine.has_requests:
+        engine.step()
+    tokens = group.requests[0].output_token_ids
+    assert [each.position for each in samplings] == [3, 4, 5]
+    assert [each.banned_ids for each in samplings] == [(0, 5), (0, 5), ()], "0 ends a text too"
+    assert [each.output_counts for each in samplings] == [Counter(tokens[:i]) for i in range(3)]
+    for each in samplings:
+        assert (each.prompt_ids, each.seed, each.repetition_penalty) == ((8, 9), 7, 1.5)
+        assert each.top_k == 0, "which is how plans say that there is no such filter"
 
 
 def test_a_token_that_ends_a_request_in_two_ways_ends_it_once() -> None:
@@ -568,14 +608,7 @@ def test_a_key_that_is_changed_anywhere_changes_the_tokens_after_it() -> None:
 
 # Findings: each test states what should hold and fails today. The reason says which finding.
 
-SPILLED = "finding S1: a rank's spent budget spreads a short request over other ranks for good"
-CLAIMED = "finding S2: ranks are chosen by free pages, also those that running prompts will need"
-SEEDS = "finding S3: completion i of request k and completion 0 of request k + i share a seed"
-NAMES = "finding S4: a name that a user gave is given to another request later"
-THRASHING = "finding S5: admission leaves running requests no page to grow"
 
-
-@pytest.mark.xfail(strict=True, reason=SPILLED)
 @pytest.mark.parametrize("pools", [(4000, 4000), (4000, 2000), (3000, 3500, 3200)], ids=str)
 def test_short_requests_stay_on_one_rank_while_pools_are_nearly_empty(
     pools: tuple[int, ...],
@@ -596,7 +629,6 @@ def test_short_requests_stay_on_one_rank_while_pools_are_nearly_empty(
     assert set(holders) == {1}
 
 
-@pytest.mark.xfail(strict=True, reason=CLAIMED)
 def test_a_request_is_not_put_where_a_running_prompt_needs_the_pages() -> None:
     """Both fit a rank alone: the first the first rank, the second the second."""
     fleet = Fleet((12, 8), 4, {"max_num_batched_tokens": 18})
@@ -604,7 +636,6 @@ def test_a_request_is_not_put_where_a_running_prompt_needs_the_pages() -> None:
     assert Service(fleet, [*long, *short]).run().num_holders == 1
 
 
-@pytest.mark.xfail(strict=True, reason=SEEDS)
 def test_no_two_completions_of_a_prompt_are_alike_unless_they_share_a_seed() -> None:
     engine, _ = simulated_engine([99])
     params = SamplingParams(n=2, max_tokens=9, ignore_eos=True)
@@ -615,14 +646,12 @@ def test_no_two_completions_of_a_prompt_are_alike_unless_they_share_a_seed() -> 
     assert len(set(outputs)) == len(outputs)
 
 
-@pytest.mark.xfail(strict=True, raises=InvalidRequestError, reason=NAMES)
 def test_a_name_that_a_user_gave_is_given_to_nobody_else() -> None:
     engine, _ = simulated_engine([99])
     engine.add_request([1], SamplingParams(), request_id="1")
     engine.add_request([1], SamplingParams())
 
 
-@pytest.mark.xfail(strict=True, reason=THRASHING)
 @pytest.mark.parametrize("pools", [(100,), (100, 50)], ids=str)
 def test_a_crowd_of_short_prompts_with_long_outputs_is_not_computed_twice(
     pools: tuple[int, ...],
