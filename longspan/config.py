@@ -126,6 +126,8 @@ class EngineConfig:
         ):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be {meaning}")
+        if not self.model:
+            raise ConfigError("model='' must be a path or an id")
         if not _is_whole(self.seed):
             raise ConfigError(f"seed={self.seed!r} must be a whole number")
 

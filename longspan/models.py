@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import transformers
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -42,6 +42,7 @@ _ATTENTION_FIELDS = {
     "attn_logit_softcapping": "it caps attention scores (softcap)",
     "attn_temperature_tuning": "its attention temperature follows rows of the batch, not positions",
     "num_kv_shared_layers": "some of its layers share another layer's KV",
+    "cross_attention_layers": "some of its layers attend to something else than its text",
 }
 
 
@@ -98,6 +99,8 @@ def load_spec(config: EngineConfig) -> ModelSpec:
 
 def _read(config: EngineConfig) -> _Model:
     folder = Path(config.model)
+    if folder.is_file():
+        raise ConfigError(f"model={config.model!r} is a file; give the folder that it is in")
     weight_names = _weight_names(folder, config.model) if folder.is_dir() else []
     hf = _read_config(config)
     cls = _model_class(config, hf)
@@ -131,7 +134,7 @@ def _read_config(config: EngineConfig) -> Any:
     except OSError as error:
         raise ConfigError(f"model={name!r}: {_why_no_config(config, error)}") from error
     model_type = raw.get("model_type")
-    own_code = "AutoConfig" in raw.get("auto_map", {})
+    own_code = "AutoConfig" in (raw.get("auto_map") or {})
     if model_type not in CONFIG_MAPPING and own_code and not trusted:
         raise ConfigError(f"model={name!r} brings its own code; set trust_remote_code=True")
     if model_type not in CONFIG_MAPPING and not own_code:
@@ -151,6 +154,8 @@ def _why_no_config(config: EngineConfig, error: OSError) -> str:
         return "its config.json can't be read"
     if isinstance(error.__cause__, GatedRepoError):
         return "gated on the hub; ask for access there, then log in"
+    if isinstance(error.__cause__, LocalEntryNotFoundError):
+        return "no such folder, and the hub can't be reached"
     revision = f" at revision={config.revision!r}" if config.revision else ""
     return f"no such folder, and not found on the hub{revision}"
 
@@ -198,6 +203,9 @@ def _faults(model: _Model) -> Iterator[str]:
         yield "its attention has sinks"
     if not cls._supports_attention_backend:
         yield "its code doesn't let another attention function in"
+    for field in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
+        if not hasattr(text, field):
+            yield f"its config has no {field}"
     _, key_dim, value_dim = kv_shape(text)
     if key_dim != value_dim:
         yield f"its keys have size {key_dim}, its values {value_dim}"

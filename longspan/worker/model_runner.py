@@ -45,7 +45,7 @@ class ModelRunner:
             attn_implementation=hf_attention.NAME,
         )
         self.model = model.eval().to(device)
-        self.scale = [layer.scaling for layer in probe(self.model, spec.name)]
+        self.scale = [layer.scaling for layer in probe(self.model, spec.name, spec.max_model_len)]
         self.pool = KVPool(
             spec.num_layers,
             num_pages(config, spec, transport.rank, device),

@@ -104,7 +104,8 @@ def probe(model: PreTrainedModel, name: str, max_model_len: int | None = None) -
     """Run a few forwards of at most 21 tokens; return the shape of every layer's attention.
 
     Args:
-        model: in eval mode, on its device; it is left as it was.
+        model: in eval mode, on its device; it is left as it was. What stays behind are the probe's
+            two names in transformers' attention interface.
         name: what an error calls the model.
         max_model_len: longest context to be served, the model's own limit if None; a window that
             never bites within it is no fault.

@@ -170,9 +170,6 @@ def test_tokens_take_whole_pages() -> None:
     assert [ledger.pages_of(tokens) for tokens in (0, 1, 4, 5, 8, 9)] == [0, 1, 1, 2, 2, 3]
 
 
-# Findings: each test states what should hold and fails today. The reason says which finding.
-
-
 def test_requests_that_decode_side_by_side_keep_long_extents() -> None:
     """64 of them grow from 1 page to 64 in a pool that has twice the pages: 1 or 2 extents each."""
     ledger = Ledger([64 * 64 * 2], PAGE_SIZE)

@@ -22,7 +22,7 @@ from longspan.engine.engine import Engine
 from longspan.engine.request import Request
 from longspan.errors import InvalidRequestError
 from longspan.outputs import CompletionOutput
-from longspan.plan import Extent, RankPlan, Segment
+from longspan.plan import Extent, RankPlan, Sampling, Segment
 from longspan.sampling_params import SamplingParams
 
 Place = tuple[int, int, int]
@@ -492,8 +492,8 @@ def test_the_older_request_takes_the_younger_one_s_pages() -> None:
 
 
 def test_a_preempted_request_goes_on_before_those_that_came_later() -> None:
-    fleet = Fleet((6,), 4, {"max_num_seqs": 2})
-    service = Service(fleet, several(3, 3, max_tokens=15)).run()
+    fleet = Fleet((20,), 4, {"max_num_seqs": 2})
+    service = Service(fleet, several(3, 3, max_tokens=60)).run()
     first, second, third = (request.metrics for request in service.requests)
     assert second.num_preemptions > 0
     assert first.finished_time is not None
@@ -606,9 +606,6 @@ def test_a_key_that_is_changed_anywhere_changes_the_tokens_after_it() -> None:
         assert wrong.token_ids[1:] != right.token_ids[1:]
 
 
-# Findings: each test states what should hold and fails today. The reason says which finding.
-
-
 @pytest.mark.parametrize("pools", [(4000, 4000), (4000, 2000), (3000, 3500, 3200)], ids=str)
 def test_short_requests_stay_on_one_rank_while_pools_are_nearly_empty(
     pools: tuple[int, ...],
@@ -667,3 +664,21 @@ def test_a_crowd_of_short_prompts_with_long_outputs_is_not_computed_twice(
     while engine.has_requests:
         engine.step()
     assert sum(computed) < 1.5 * 100 * (16 + 200 - 1)
+
+
+# Findings: each test states what should hold and fails today. The reason says which finding.
+
+IDLE = "finding S6: ranks are chosen by free pages alone, also those whose budget is spent"
+
+
+@pytest.mark.xfail(strict=True, reason=IDLE)
+def test_no_rank_is_idle_while_requests_wait_that_fit_it() -> None:
+    """The larger pool takes 2048 tokens a step; the smaller one has room and budget for more."""
+    engine, executor = simulated_engine((4000, 2000), page_size=16)
+    busy: list[set[int]] = []
+    executor.before_step = lambda plans: busy.append(set(plans))
+    for seed in range(8):
+        engine.add_request(some_tokens(1500, seed), SamplingParams(max_tokens=1))
+    while len(engine.scheduler.waiting) > 1:
+        engine.step()
+    assert all(ranks == {0, 1} for ranks in busy)
