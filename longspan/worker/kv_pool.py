@@ -38,9 +38,8 @@ class KVPool:
 
     def slots(self, extents: Sequence[Extent], first: int, last: int) -> Tensor:
         """The slots [last - first] of tokens first .. last - 1 of a request's share."""
-        size = self.page_size
-        pages = [torch.arange(e.start * size, e.end * size) for e in extents]
-        return torch.cat(pages)[first:last].to(self.data.device)
+        ranges = self._ranges(extents, first, last)
+        return torch.cat([torch.arange(r.start, r.stop) for r in ranges]).to(self.data.device)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [T, G, D] into slots [T] of one layer."""
@@ -51,13 +50,16 @@ class KVPool:
         """Where the first `tokens` tokens of a share lie: slot ranges, or slots if scattered."""
         if tokens < MIN_VIEW_TOKENS * len(extents) and len(extents) > 1:
             return self.slots(extents, 0, tokens)
+        return self._ranges(extents, 0, tokens)
+
+    def _ranges(self, extents: Sequence[Extent], first: int, last: int) -> list[slice]:
+        """Where tokens first .. last - 1 lie, as ranges of slots."""
         ranges = []
         for extent in extents:
-            start = extent.start * self.page_size
-            length = min(extent.length * self.page_size, tokens)
-            if length > 0:
-                ranges.append(slice(start, start + length))
-            tokens -= length
+            start, length = extent.start * self.page_size, extent.length * self.page_size
+            if first < length and last > 0:
+                ranges.append(slice(start + max(first, 0), start + min(last, length)))
+            first, last = first - length, last - length
         return ranges
 
     def read(self, layer: int, places: list[slice] | Tensor) -> Blocks:

@@ -496,9 +496,10 @@ def test_a_preempted_request_goes_on_before_those_that_came_later() -> None:
     service = Service(fleet, several(3, 3, max_tokens=60)).run()
     first, second, third = (request.metrics for request in service.requests)
     assert second.num_preemptions > 0
-    assert first.finished_time is not None
+    assert first.num_preemptions == 0
+    assert second.finished_time is not None
     assert third.first_scheduled_time is not None
-    assert third.first_scheduled_time > first.finished_time
+    assert third.first_scheduled_time > second.finished_time
 
 
 def test_a_request_grows_behind_its_own_pages_rather_than_into_a_hole() -> None:
@@ -628,15 +629,18 @@ def test_short_requests_stay_on_one_rank_while_pools_are_nearly_empty(
 
 def test_a_request_is_not_put_where_a_running_prompt_needs_the_pages() -> None:
     """Both fit a rank alone: the first the first rank, the second the second."""
-    fleet = Fleet((12, 8), 4, {"max_num_batched_tokens": 18})
-    long, short = several(1, 40, max_tokens=4), several(1, 20, max_tokens=4)
-    assert Service(fleet, [*long, *short]).run().num_holders == 1
+    for num_pages in [(12, 8), (14, 8)]:
+        fleet = Fleet(num_pages, 4, {"max_num_batched_tokens": 18})
+        long, short = several(1, 40, max_tokens=4), several(1, 20, max_tokens=4)
+        assert Service(fleet, [*long, *short]).run().num_holders == 1
 
 
 def test_no_two_completions_of_a_prompt_are_alike_unless_they_share_a_seed() -> None:
     engine, _ = simulated_engine([99])
-    params = SamplingParams(n=2, max_tokens=9, ignore_eos=True)
-    groups = [engine.add_request([1, 2, 3], params) for _ in range(3)]
+    groups = [
+        engine.add_request([1, 2, 3], SamplingParams(n=2, max_tokens=9, ignore_eos=True, seed=seed))
+        for seed in (None, None, None, 7, 8, 9)
+    ]
     while engine.has_requests:
         engine.step()
     outputs = [tuple(out.token_ids) for group in groups for out in group.output().outputs]
@@ -645,8 +649,12 @@ def test_no_two_completions_of_a_prompt_are_alike_unless_they_share_a_seed() -> 
 
 def test_a_name_that_a_user_gave_is_given_to_nobody_else() -> None:
     engine, _ = simulated_engine([99])
-    engine.add_request([1], SamplingParams(), request_id="1")
-    engine.add_request([1], SamplingParams())
+    named = engine.add_request([1], SamplingParams(), request_id="1")
+    unnamed = [engine.add_request([1], SamplingParams()) for _ in range(3)]
+    assert len({group.request_id for group in (named, *unnamed)}) == 4
+    while engine.has_requests:
+        engine.step()
+    assert all(group.finished for group in (named, *unnamed))
 
 
 @pytest.mark.parametrize("pools", [(100,), (100, 50)], ids=str)
