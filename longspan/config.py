@@ -58,6 +58,9 @@ class EngineConfig:
         "together may fill (default 0.5).",
     )
     page_size: int = _option(16, "Tokens in one page of the KV pool.")
+    enable_prefix_caching: bool = _option(
+        True, "Keep full pages of ended requests for those that begin alike."
+    )
     max_num_batched_tokens: int = _option(
         2048, "Most tokens that one rank computes in one step; longer prompts go in chunks."
     )
@@ -122,6 +125,7 @@ class EngineConfig:
             ("tokenizer", str | None, "a path or an id"),
             ("revision", str | None, "a branch, tag or commit"),
             ("trust_remote_code", bool, "True or False"),
+            ("enable_prefix_caching", bool, "True or False"),
             ("gpu_memory_utilization", float | int | None, "a number"),
         ):
             if not isinstance(getattr(self, name), kind):

@@ -34,6 +34,7 @@ class Group:
             prompt_token_ids=self.prompt_token_ids,
             outputs=[self._completion(index) for index in range(len(self.requests))],
             finished=self.finished,
+            num_cached_tokens=self.requests[0].num_cached_tokens,
             metrics=self.requests[0].metrics,
         )
 

@@ -105,6 +105,8 @@ class Engine:
             )
             for index in range(params.n)
         ]
+        for follower in requests[1:]:
+            follower.leader = requests[0]
         group = Group(request_id, prompt, list(prompt_token_ids), requests, self.tokenizer)
         self._groups[request_id] = group
         for request in requests:

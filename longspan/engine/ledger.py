@@ -1,23 +1,29 @@
 """Who owns which page on which rank. The only place where pages are taken and given back."""
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from longspan.engine.prefix_cache import Place, PrefixCache
 from longspan.plan import Extent
 
 
 class Ledger:
-    """The free pages of every rank, as extents.
+    """Every rank's pages: free ones as extents, owned ones with their number of owners.
 
-    Pages are handed out in long extents where there are any, so that a request's keys on a rank
-    can be read as a few large blocks without a copy.
+    Free pages are handed out in long extents where there are any, so that a request's keys on a
+    rank can be read as a few large blocks without a copy. A full page that the prefix cache knows
+    stays in the pool without an owner until its room is needed; the page that has been idle for
+    longest goes first. Idle pages count as free.
     """
 
     def __init__(self, num_pages: Sequence[int], page_size: int) -> None:
         self.num_pages = tuple(num_pages)
         self.page_size = page_size
+        self.cache = PrefixCache()
         self._free = [[Extent(0, pages)] if pages else [] for pages in num_pages]
         self._num_free = list(num_pages)
+        self._owners = [[0] * pages for pages in num_pages]
+        self._idle: list[dict[int, None]] = [{} for _ in num_pages]
 
     @property
     def num_ranks(self) -> int:
@@ -29,10 +35,14 @@ class Ledger:
         return sum(self.num_pages) * self.page_size
 
     def num_free(self, rank: int) -> int:
-        return self._num_free[rank]
+        return self._num_free[rank] + len(self._idle[rank])
 
     def num_used(self, rank: int) -> int:
-        return self.num_pages[rank] - self._num_free[rank]
+        return self.num_pages[rank] - self.num_free(rank)
+
+    def is_idle(self, place: Place) -> bool:
+        """Whether a page in the cache has no owner."""
+        return place.page in self._idle[place.rank]
 
     def pages_of(self, tokens: int) -> int:
         """How many pages so many consecutive tokens take."""
@@ -44,7 +54,8 @@ class Ledger:
         A request that can't go on there starts in the middle of the longest free extent, so that
         requests that decode side by side don't grow into each other.
         """
-        assert 0 < pages <= self._num_free[rank], (rank, pages, self._num_free[rank])
+        assert 0 < pages <= self.num_free(rank), (rank, pages, self.num_free(rank))
+        self._evict(rank, pages - self._num_free[rank])
         self._num_free[rank] -= pages
         taken = []
         if after is not None and (next_to := self._starting_at(rank, after + 1)):
@@ -53,14 +64,37 @@ class Ledger:
             pages -= taken[0].length
         if pages:
             taken += self._take(rank, pages, growing=after is not None)
+        for extent in taken:
+            self._owners[rank][extent.start : extent.end] = [1] * extent.length
         return taken
 
-    def release(self, rank: int, extents: Iterable[Extent]) -> None:
-        """Give pages of one rank back."""
-        for extent in extents:
-            assert extent.end <= self.num_pages[rank], (rank, extent, self.num_pages[rank])
-            self._insert(rank, extent)
-            self._num_free[rank] += extent.length
+    def share(self, place: Place) -> None:
+        """Give a page of the cache one more owner."""
+        self._idle[place.rank].pop(place.page, None)
+        self._owners[place.rank][place.page] += 1
+
+    def release(self, rank: int, extents: Sequence[Extent]) -> None:
+        """Take one owner from pages of one rank; without an owner they are idle or free."""
+        owners = self._owners[rank]
+        # The last pages of a request become idle, and so are evicted, before its first.
+        for extent in reversed(extents):
+            assert extent.end <= len(owners), (rank, extent, len(owners))
+            for page in reversed(range(extent.start, extent.end)):
+                assert owners[page] > 0, f"page {page} of rank {rank} freed twice"
+                owners[page] -= 1
+                if not owners[page] and Place(rank, page) in self.cache:
+                    self._idle[rank][page] = None
+                elif not owners[page]:
+                    self._insert(rank, Extent(page, 1))
+                    self._num_free[rank] += 1
+
+    def _evict(self, rank: int, pages: int) -> None:
+        for _ in range(pages):
+            page = next(iter(self._idle[rank]))
+            del self._idle[rank][page]
+            self.cache.forget(Place(rank, page))
+            self._insert(rank, Extent(page, 1))
+            self._num_free[rank] += 1
 
     def _take(self, rank: int, pages: int, growing: bool) -> list[Extent]:
         """So many pages from one extent that has them, else from the longest ones."""
@@ -100,8 +134,6 @@ class Ledger:
         free = self._free[rank]
         at = bisect_left(free, extent.start, key=lambda extent: extent.start)
         start, end = extent.start, extent.end
-        assert at == 0 or free[at - 1].end <= start, f"page {start} of rank {rank} freed twice"
-        assert at == len(free) or end <= free[at].start, f"page {end} of rank {rank} freed twice"
         low, high = at, at
         if at and free[at - 1].end == start:
             low, start = at - 1, free[at - 1].start

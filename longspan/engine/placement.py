@@ -1,6 +1,6 @@
 """Where a request's computation and keys go: pure functions of what is free."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from longspan.engine.request import Request
 from longspan.engine.shard import fair_shares, zigzag
@@ -8,19 +8,24 @@ from longspan.plan import Run
 
 
 def choose_ranks(
-    tokens: int, free_pages: Sequence[int], page_size: int, min_tokens_per_rank: int
+    tokens: int,
+    free_pages: Sequence[int],
+    page_size: int,
+    min_tokens_per_rank: int,
+    holders: Collection[int] = (),
 ) -> list[int]:
-    """The ranks over which a request's tokens are spread, the emptiest first.
+    """The ranks over which a request's tokens are spread: holders first, then the emptiest.
 
     One rank for each `min_tokens_per_rank` tokens, so that a short request stays on one and talks
-    to nobody; more if those have not pages enough together.
+    to nobody; more if those have not pages enough together. `holders` have keys of it already.
     """
-    emptiest = sorted(range(len(free_pages)), key=lambda rank: (-free_pages[rank], rank))
-    degree = min(max(tokens // min_tokens_per_rank, 1), len(emptiest))
+    ranks = range(len(free_pages))
+    preferred = sorted(ranks, key=lambda rank: (rank not in holders, -free_pages[rank], rank))
+    degree = min(max(tokens // min_tokens_per_rank, 1), len(preferred))
     pages = -(-tokens // page_size)
-    while degree < len(emptiest) and sum(free_pages[r] for r in emptiest[:degree]) < pages:
+    while degree < len(preferred) and sum(free_pages[r] for r in preferred[:degree]) < pages:
         degree += 1
-    return emptiest[:degree]
+    return preferred[:degree]
 
 
 def cut(

@@ -4,8 +4,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from longspan.engine.detokenizer import Detokenizer
+from longspan.engine.prefix_cache import Place, chain
 from longspan.outputs import RequestMetrics
 from longspan.plan import Extent, Run, Sampled, Sampling, TokenLogprob
 from longspan.sampling_params import SamplingParams
@@ -74,6 +76,17 @@ class Request:
         """The ranks over which its prefill is spread."""
         self.home: int | None = None
         """The rank with its last page, which computes its decode tokens."""
+        self.places: dict[int, Place] = {}
+        """Where each of its pages is: page i holds positions i * P to i * P + P - 1."""
+        self.num_cached_tokens = 0
+        self.leader: Request | None = None
+        """The sequence that computes the same prompt first, for this one to share its pages."""
+        self._page_hashes: list[bytes] = []
+        self._output_counts: Counter[int] = Counter()
+
+    @cached_property
+    def _distinct_prompt_ids(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.prompt_token_ids)))
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +96,15 @@ class Request:
     def num_pending(self) -> int:
         """Tokens that are known but not computed: 1 while decoding, more while prefilling."""
         return self.num_tokens - self.num_computed
+
+    def follows(self, page_size: int) -> bool:
+        """Whether it should wait for the full pages that its leader is still to compute."""
+        leader = self.leader
+        return (
+            leader is not None
+            and leader.finish_reason is None
+            and leader.num_computed < len(self.prompt_token_ids) // page_size * page_size
+        )
 
     @property
     def expected_tokens(self) -> int:
@@ -108,7 +130,24 @@ class Request:
     def drop_keys(self, num_ranks: int) -> None:
         """Forget where the keys were, after their pages have been given back."""
         self.metrics.kv_tokens = [self.num_keys(rank) for rank in range(num_ranks)]
-        self.holdings, self.home, self.num_computed = {}, None, 0
+        self.holdings, self.places, self.home, self.num_computed = {}, {}, None, 0
+
+    def adopt(self, places: Sequence[Place], page_size: int) -> None:
+        """Begin with full pages of the prefix cache instead of computing them."""
+        for index, (rank, page) in enumerate(places):
+            self.places[index] = Place(rank, page)
+            self.holding(rank).add_pages([Extent(page, 1)])
+            self.holding(rank).tokens += page_size
+            self.home = rank
+        self.num_computed = len(places) * page_size
+
+    def page_hashes(self, pages: int, page_size: int) -> list[bytes]:
+        """The hashes of its first pages, which must be full of known tokens."""
+        hashes = self._page_hashes
+        while len(hashes) < pages:
+            run = Run(len(hashes) * page_size, page_size)
+            hashes.append(chain(hashes[-1] if hashes else b"", self.tokens_of(run)))
+        return hashes[:pages]
 
     def tokens_of(self, run: Run) -> list[int]:
         """The token ids at the positions of a run."""
@@ -142,8 +181,8 @@ class Request:
             repetition_penalty=params.repetition_penalty,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
-            prompt_ids=tuple(sorted(set(self.prompt_token_ids))) if penalised else (),
-            output_counts=dict(Counter(self.output_token_ids)) if penalised else {},
+            prompt_ids=self._distinct_prompt_ids if penalised else (),
+            output_counts=dict(self._output_counts) if penalised else {},
             banned_ids=tuple(sorted(self.end_ids)) if early else (),
         )
 
@@ -153,6 +192,7 @@ class Request:
             self.metrics.first_token_time = time.monotonic()
         early = len(self.output_token_ids) < self.params.min_tokens
         self.output_token_ids.append(sampled.token_id)
+        self._output_counts[sampled.token_id] += 1
         self.metrics.num_generation_tokens += 1
         if sampled.logprobs:
             self.logprobs.append(sampled.logprobs)

@@ -9,6 +9,7 @@ from longspan.config import EngineConfig
 from longspan.cost.strategy import KVShape, choose
 from longspan.engine.ledger import Ledger
 from longspan.engine.placement import choose_ranks, cut
+from longspan.engine.prefix_cache import Place
 from longspan.engine.request import Request
 from longspan.engine.shard import fair_shares
 from longspan.plan import (
@@ -90,7 +91,7 @@ class Scheduler:
     def update(self, step: Step, results: Iterable[RankResult]) -> list[Request]:
         """Take the step's tokens, free what ended; returns the requests that drew a token."""
         for chunk in step.chunks:
-            chunk.request.num_computed = chunk.end
+            self._computed(chunk.request, chunk.end)
         requests = {chunk.request.request_id: chunk.request for chunk in step.chunks}
         drawn = []
         for sampled in (sampled for result in results for sampled in result.sampled):
@@ -103,14 +104,22 @@ class Scheduler:
             self.running.remove(request)
         return drawn
 
+    def _computed(self, request: Request, end: int) -> None:
+        """Count a request's tokens before `end` as computed; its full pages may be shared."""
+        size, before = self.ledger.page_size, request.num_computed
+        request.num_computed = end
+        if self.config.enable_prefix_caching and request.finish_reason is None:
+            hashes = request.page_hashes(end // size, size)
+            for index in range(before // size, end // size):
+                self.ledger.cache.add(hashes[index], request.places[index])
+
     def _decodes(self, budgets: list[int]) -> list[Chunk]:
         chunks: list[Chunk] = []
         for request in [r for r in self.running if r.num_pending == 1]:
             if request not in self.running:
                 continue  # preempted for an older one in this very loop
             while not (chunk := self._chunk(request, budgets)) and self._needs_page(request):
-                scheduled = {chunk.request.request_id for chunk in chunks}
-                victim = next(r for r in reversed(self.running) if r.request_id not in scheduled)
+                victim = self.running[-1]
                 self._preempt(victim)
                 if victim is request:
                     break
@@ -124,39 +133,77 @@ class Scheduler:
 
     def _admissions(self, budgets: list[int]) -> list[Chunk]:
         chunks: list[Chunk] = []
-        while self.waiting and len(self.running) < self.config.max_num_seqs:
-            request = self.waiting[0]
-            unclaimed = self._unclaimed_pages()
-            if self.ledger.pages_of(request.expected_tokens) > sum(unclaimed):
+        unclaimed = self._unclaimed_pages()
+        for request in list(self.waiting):
+            if len(self.running) >= self.config.max_num_seqs or not any(budgets):
                 break
-            request.ranks = choose_ranks(
-                request.num_tokens,
-                unclaimed,
-                self.config.page_size,
-                self.config.min_tokens_per_rank,
-            )
-            chunk = self._chunk(request, budgets)
+            if self.config.enable_prefix_caching and request.follows(self.ledger.page_size):
+                continue
+            places = self._cached_places(request)
+            shared = sum(not self.ledger.is_idle(place) for place in places)
+            pages = self.ledger.pages_of(request.expected_tokens) - shared
+            if pages > sum(unclaimed):
+                break
+            chunk = self._admit(request, places, unclaimed, budgets)
             if chunk is None:
                 break
-            request.metrics.first_scheduled_time = (
-                request.metrics.first_scheduled_time or time.monotonic()
-            )
-            self.running.append(self.waiting.popleft())
             chunks.append(chunk)
+            _claim(request.ranks, pages, unclaimed)
         return chunks
+
+    def _admit(
+        self,
+        request: Request,
+        places: Sequence[Place],
+        unclaimed: Sequence[int],
+        budgets: list[int],
+    ) -> Chunk | None:
+        """Start a waiting request on its cached pages; None if no rank has a budget for it."""
+        cached = len(places) * self.ledger.page_size
+        request.ranks = self._ranks_for(request.num_tokens - cached, places, unclaimed, budgets)
+        for place in places:
+            self.ledger.share(place)
+        request.adopt(places, self.ledger.page_size)
+        chunk = self._chunk(request, budgets)
+        if chunk is None:
+            self._release(request)
+            return None
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = time.monotonic()
+            request.num_cached_tokens = cached
+        self.waiting.remove(request)
+        self.running.append(request)
+        return chunk
+
+    def _ranks_for(
+        self, tokens: int, places: Sequence[Place], unclaimed: Sequence[int], budgets: Sequence[int]
+    ) -> list[int]:
+        """Ranks with a budget in this step, unless others would hold the request on fewer."""
+        config, holders = self.config, {place.rank for place in places}
+        ready = [pages if budget else 0 for pages, budget in zip(unclaimed, budgets, strict=True)]
+        now, later = (
+            choose_ranks(tokens, free, config.page_size, config.min_tokens_per_rank, holders)
+            for free in (ready, unclaimed)
+        )
+        fits = sum(ready[rank] for rank in now) >= self.ledger.pages_of(tokens)
+        return now if fits and len(now) <= len(later) else later
+
+    def _cached_places(self, request: Request) -> list[Place]:
+        """Where its first pages already are; at least one token is left to compute."""
+        if not self.config.enable_prefix_caching:
+            return []
+        page_size = self.ledger.page_size
+        return self.ledger.cache.find(
+            request.page_hashes((request.num_tokens - 1) // page_size, page_size)
+        )
 
     def _unclaimed_pages(self) -> list[int]:
         """Each rank's free pages that no running request is expected to need."""
         ledger = self.ledger
         free = [ledger.num_free(rank) for rank in range(ledger.num_ranks)]
         for request in self.running:
-            claimed = ledger.pages_of(request.expected_tokens) - request.num_pages
-            for ranks in (request.ranks, range(ledger.num_ranks)):
-                room = [free[rank] for rank in ranks]
-                shares = fair_shares(min(max(claimed, 0), sum(room)), room)
-                for rank, share in zip(ranks, shares, strict=True):
-                    free[rank] -= share
-                    claimed -= share
+            pages = ledger.pages_of(request.expected_tokens) - request.num_pages
+            _claim(request.ranks, pages, free)
         return free
 
     def _needs_page(self, request: Request) -> bool:
@@ -176,7 +223,7 @@ class Scheduler:
         for rank, taken in runs.items():
             tokens = sum(run.length for run in taken)
             budgets[rank] -= tokens
-            self._hold(request, rank, tokens)
+            self._hold(request, rank, taken)
         request.home = max(runs, key=lambda rank: runs[rank][-1].end)
         shards = tuple(
             Shard(rank, tuple(new), cached.get(rank, 0), tuple(new))
@@ -185,12 +232,17 @@ class Scheduler:
         )
         return Chunk(request, runs, Segment(request.request_id, self._strategy(shards), shards))
 
-    def _hold(self, request: Request, rank: int, tokens: int) -> None:
-        holding = request.holding(rank)
-        pages = self.ledger.pages_of(holding.tokens + tokens) - holding.num_pages
-        if pages:
-            holding.add_pages(self.ledger.allocate(rank, pages, holding.last_page))
-        holding.tokens += tokens
+    def _hold(self, request: Request, rank: int, runs: Sequence[Run]) -> None:
+        """Give the request the pages for new tokens on one rank."""
+        holding, size = request.holding(rank), self.ledger.page_size
+        begun = [page for run in runs for page in range(-(-run.start // size), -(-run.end // size))]
+        if begun:
+            extents = self.ledger.allocate(rank, len(begun), holding.last_page)
+            holding.add_pages(extents)
+            taken = (page for extent in extents for page in range(extent.start, extent.end))
+            for index, page in zip(begun, taken, strict=True):
+                request.places[index] = Place(rank, page)
+        holding.tokens += sum(run.length for run in runs)
 
     def _strategy(self, shards: Sequence[Shard]) -> Strategy:
         forced = self.config.attention_strategy
@@ -229,3 +281,13 @@ class Scheduler:
         for rank, holding in request.holdings.items():
             self.ledger.release(rank, holding.extents)
         request.drop_keys(self.ledger.num_ranks)
+
+
+def _claim(ranks: Sequence[int], pages: int, free: list[int]) -> None:
+    """Take so many pages from `free`, if they are there: from these ranks first, then from all."""
+    for preferred in (ranks, range(len(free))):
+        room = [free[rank] for rank in preferred]
+        shares = fair_shares(min(max(pages, 0), sum(room)), room)
+        for rank, share in zip(preferred, shares, strict=True):
+            free[rank] -= share
+        pages -= sum(shares)

@@ -121,11 +121,16 @@ def simulated_engine(
     page_size: int = 4,
     max_model_len: int = 10**6,
     tokenizer: Any = None,
+    enable_prefix_caching: bool = False,
     **options: Any,
 ) -> tuple[Engine, SimulatedExecutor]:
     """An engine over simulated ranks with so many pages each; `options` are EngineConfig's."""
     config = EngineConfig(
-        model="simulated", context_parallel_size=len(num_pages), page_size=page_size, **options
+        model="simulated",
+        context_parallel_size=len(num_pages),
+        page_size=page_size,
+        enable_prefix_caching=enable_prefix_caching,
+        **options,
     )
     spec = ModelSpec(
         name="simulated",

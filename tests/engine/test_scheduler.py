@@ -679,7 +679,6 @@ def test_a_crowd_of_short_prompts_with_long_outputs_is_not_computed_twice(
 IDLE = "finding S6: ranks are chosen by free pages alone, also those whose budget is spent"
 
 
-@pytest.mark.xfail(strict=True, reason=IDLE)
 def test_no_rank_is_idle_while_requests_wait_that_fit_it() -> None:
     """The larger pool takes 2048 tokens a step; the smaller one has room and budget for more."""
     engine, executor = simulated_engine((4000, 2000), page_size=16)
