@@ -142,6 +142,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "max_model_len": 4_000,
     "kv_cache_tokens": (800, 400, 800),
     "page_size": 8,
+    "enable_prefix_caching": False,
     "max_num_batched_tokens": 512,
     "max_num_seqs": 7,
     "min_tokens_per_rank": 64,
