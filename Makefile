@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test lint format demo clean
+.PHONY: install test lint format demo bench clean
 
 install: .venv/installed
 
@@ -28,6 +28,10 @@ format: install
 
 demo: install
 	$(BIN)/longspan demo
+
+# Not part of the tests: takes minutes, and wants a machine that does nothing else.
+bench: install
+	$(BIN)/python benchmarks/generate.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

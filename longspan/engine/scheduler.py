@@ -83,7 +83,8 @@ class Scheduler:
         chunks += self._prefills(budgets)
         chunks += self._admissions(budgets)
         if not chunks and self.running:
-            # Prompts under way hold each other's pages: the youngest gives way.
+            # Claims keep this from happening as far as is known; if prompts should ever hold each
+            # other's pages all the same, the youngest gives way rather than all stand still.
             self._preempt(self.running[-1])
             return self.schedule()
         return Step(chunks, self._plans(chunks))
