@@ -5,6 +5,7 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from longspan.config import EngineConfig
+from longspan.errors import ConfigError
 from longspan.parallel.transport import ThreadTransport, TorchTransport, Transport
 from longspan.worker.channel import Start
 from longspan.worker.model_runner import ModelRunner
@@ -18,11 +19,22 @@ def launch(start: Start) -> ModelRunner:
 
 
 def device_of(config: EngineConfig, rank: int) -> torch.device:
-    """The device of a rank: the CPU, or the GPU of the same number on this host."""
+    """The device of a rank: the CPU, or the GPU of the same number on this host.
+
+    Raises:
+        ConfigError: there are fewer GPUs than ranks.
+    """
     kind = config.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device("cpu") if kind == "cpu" else torch.device("cuda", rank)
+    if kind == "cpu":
+        return torch.device("cpu")
+    if config.num_ranks > torch.cuda.device_count():
+        raise ConfigError(
+            f"context_parallel_size={config.num_ranks} needs as many GPUs, and this host has "
+            f"{torch.cuda.device_count()}; lower it or set device='cpu'"
+        )
+    return torch.device("cuda", rank)
 
 
 def _connect(start: Start, device: torch.device) -> Transport:
