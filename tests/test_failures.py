@@ -99,7 +99,7 @@ print(len(out[0].outputs[0].token_ids), flush=True)
 
 
 def run_script(
-    model: Path, max_tokens: int, command: list[str], stdin: bool
+    model: Path, max_tokens: int, command: list[str], stdin: bool, folder: Path
 ) -> subprocess.Popen[str]:
     script = textwrap.dedent(SCRIPT.format(model=str(model), max_tokens=max_tokens))
     process = subprocess.Popen(
@@ -108,6 +108,7 @@ def run_script(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"TMPDIR": str(folder)},
     )
     if stdin:
         assert process.stdin
@@ -123,21 +124,24 @@ def read_pids(process: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.parametrize("stdin", [False, True], ids=["script", "stdin"])
-def test_no_main_guard_is_needed_and_the_end_leaves_nothing(model: Path, stdin: bool) -> None:
+def test_no_main_guard_is_needed_and_the_end_leaves_nothing(
+    model: Path, stdin: bool, tmp_path: Path
+) -> None:
     command = [sys.executable, "-"] if stdin else [sys.executable, "-c"]
-    process = run_script(model, 3, command, stdin)
+    process = run_script(model, 3, command, stdin, tmp_path)
     pids = read_pids(process)
     output, errors = process.communicate(timeout=60)
     assert (output, process.returncode) == ("3\n", 0), errors
     assert len(pids) == 2
     wait_until_gone(pids)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_to_the_engine_ends_every_rank_within_seconds(
-    model: Path, sent: signal.Signals
+    model: Path, sent: signal.Signals, tmp_path: Path
 ) -> None:
-    process = run_script(model, 4000, [sys.executable, "-c"], stdin=False)
+    process = run_script(model, 4000, [sys.executable, "-c"], stdin=False, folder=tmp_path)
     pids = read_pids(process)
     time.sleep(1)
     assert all(psutil.pid_exists(pid) for pid in pids)
@@ -147,3 +151,4 @@ def test_a_signal_to_the_engine_ends_every_rank_within_seconds(
     if sent == signal.SIGINT:
         assert errors.rstrip().endswith("KeyboardInterrupt")
     wait_until_gone(pids)
+    assert not list(tmp_path.iterdir())

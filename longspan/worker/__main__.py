@@ -1,10 +1,12 @@
-"""A worker process: `python -m longspan.worker FD`, started by the engine, one for each rank.
+"""A worker process: `python -m longspan.worker FD FOLDER`, started by the engine, one a rank.
 
-It ends when the engine closes the socket FD or dies, whatever it is doing then.
+It ends when the engine closes the socket FD or dies, whatever it is doing then, and removes the
+engine's temporary FOLDER, since a killed engine can't.
 """
 
 import os
 import queue
+import shutil
 import sys
 import threading
 import traceback
@@ -17,7 +19,7 @@ from longspan.worker.channel import Channel, Done, Execute, Failed, Message, Rea
 def main() -> None:
     channel = Channel(socket(fileno=int(sys.argv[1])))
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
+    threading.Thread(target=_listen, args=(channel, inbox, sys.argv[2]), daemon=True).start()
     try:
         _serve(channel, inbox)
     except BaseException as error:
@@ -27,12 +29,13 @@ def main() -> None:
         threading.Event().wait()  # the engine stops all ranks together
 
 
-def _listen(channel: Channel, inbox: "queue.SimpleQueue[Message]") -> None:
+def _listen(channel: Channel, inbox: "queue.SimpleQueue[Message]", folder: str) -> None:
     """Read messages; end the process with the engine, even in the middle of an exchange."""
     while True:
         try:
             inbox.put(channel.receive())
         except (EOFError, OSError):
+            shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
 
 

@@ -76,10 +76,11 @@ class ProcessExecutor:
             "PYTHONFAULTHANDLER": "1",
             **os.environ,
         }
+        arguments = [str(theirs.fileno()), str(self._folder)]
         with theirs, open(self._log(rank), "wb") as log:
             self._processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "longspan.worker", str(theirs.fileno())],
+                    [sys.executable, "-m", "longspan.worker", *arguments],
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
