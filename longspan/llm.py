@@ -74,12 +74,17 @@ class LLM:
         params = _params_for(len(listed), sampling_params)
         outputs: list[RequestOutput | Group] = []
         refusals: list[InvalidRequestError] = []
-        for prompt, one in zip(listed, params, strict=True):
-            try:
-                outputs.append(self._add(prompt, one))
-            except InvalidRequestError as error:
-                refusals.append(error)
-                outputs.append(_refused(prompt, error))
+        try:
+            for prompt, one in zip(listed, params, strict=True):
+                try:
+                    outputs.append(self._add(prompt, one))
+                except InvalidRequestError as error:
+                    refusals.append(error)
+                    outputs.append(_refused(prompt, error))
+        except BaseException:  # also Ctrl-C: what is queued must not run with the next call
+            for output in outputs:
+                self.engine.abort(output.request_id)
+            raise
         if refusals and len(refusals) == len(listed):
             raise refusals[0]
         self._run(show_progress=use_tqdm)
@@ -108,16 +113,9 @@ class LLM:
         if not messages:
             raise InvalidRequestError("messages is empty; it must have at least 1 message")
         conversations: Sequence[Any] = [messages] if isinstance(messages[0], Mapping) else messages
+        options = {"add_generation_prompt": add_generation_prompt, **template_options}
         prompts = [
-            {
-                "prompt_token_ids": tokenizer.apply_chat_template(
-                    conversation,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=True,
-                    return_dict=False,
-                    **template_options,
-                )
-            }
+            {"prompt_token_ids": _templated(tokenizer, conversation, options)}
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
@@ -203,12 +201,29 @@ def _params_for(
         return [SamplingParams()] * count
     if isinstance(params, SamplingParams):
         return [params] * count
+    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+        raise InvalidRequestError(
+            f"sampling_params={params!r} must be SamplingParams, or a list of them"
+        )
     if len(params) != count:
         raise InvalidRequestError(
             f"sampling_params has {len(params)} entries for {count} prompts; give one for all or "
             "one for each"
         )
     return list(params)
+
+
+def _templated(
+    tokenizer: "PreTrainedTokenizerBase", conversation: Any, options: Mapping[str, Any]
+) -> list[int]:
+    try:
+        token_ids: Any = tokenizer.apply_chat_template(
+            conversation, tokenize=True, return_dict=False, **options
+        )
+    except Exception as error:  # templates are programs of the model's: they raise what they like
+        reason = " ".join(str(error).split())
+        raise InvalidRequestError(f"messages don't fit the chat template: {reason}") from error
+    return list(token_ids)
 
 
 def _token_ids(value: object) -> list[int]:

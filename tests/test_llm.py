@@ -153,6 +153,39 @@ def test_a_bad_prompt_is_refused_alone_and_the_engine_goes_on(
     assert [usage.used for usage in llm.engine.kv_usage] == [0, 0]
 
 
+def test_sampling_params_of_another_type(llm: LLM) -> None:
+    for params in ({"temperature": 0}, [GREEDY, {"temperature": 0}], 7):
+        with pytest.raises(InvalidRequestError, match="must be SamplingParams, or a list"):
+            llm.generate(["a", "b"], params)
+    assert not llm.engine.has_requests
+
+
+def test_what_was_queued_before_an_unexpected_error_is_not_run_later(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = llm.get_tokenizer().encode
+
+    def fail_at_bad(text: str, **options: object) -> list[int]:
+        if text == "bad":
+            raise RuntimeError("a tokenizer's own fault")
+        return encode(text, **options)
+
+    monkeypatch.setattr(llm.get_tokenizer(), "encode", fail_at_bad)
+    with pytest.raises(RuntimeError, match="own fault"):
+        llm.generate(["good", "bad"], GREEDY)
+    assert not llm.engine.has_requests
+    assert len(llm.generate("good", GREEDY)) == 1
+
+
+def test_messages_that_the_chat_template_cannot_take(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{{ raise_exception('roles must\nalternate') }}"
+    monkeypatch.setattr(llm.get_tokenizer(), "chat_template", template)
+    with pytest.raises(InvalidRequestError, match="chat template: roles must alternate$"):
+        llm.chat([{"role": "user", "content": "Hello"}], GREEDY)
+
+
 def test_parameters_beyond_the_vocabulary(llm: LLM) -> None:
     for params in (SamplingParams(stop_token_ids=[512]), SamplingParams(logprobs=513)):
         with pytest.raises(InvalidRequestError, match=r"51[12]"):

@@ -11,6 +11,7 @@ import pytest
 import zoo
 from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoTokenizer
+from zoo import DYNAMIC, FULL, LONGROPE
 
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError, UnsupportedModelError
@@ -66,17 +67,7 @@ def test_the_zoo_is_accepted(name: str, tmp_path: Path) -> None:
     assert found.architecture.lower() == f"{name.replace('_', '')}forcausallm"
 
 
-FULL = "full_attention"
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0] * 8,
-    "long_factor": [4.0] * 8,
-    "original_max_position_embeddings": 64,
-    "factor": 8.0,
-}
 SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("t5", {}, "encoder-decoder"),

@@ -16,6 +16,18 @@ VOCAB_SIZE = 512
 END = "<|end|>"
 END_ID = 0
 
+FULL = "full_attention"
+# RoPE that follows the longest position in a batch.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 64,
+    "factor": 8.0,
+}
+
 _CHAT = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"

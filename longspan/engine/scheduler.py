@@ -26,15 +26,11 @@ from longspan.plan import (
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The new tokens of one request in one step: which rank computes which positions."""
+    """The new tokens of one request in one step, those before position `end`."""
 
     request: Request
-    runs: dict[int, list[Run]]
+    end: int
     segment: Segment
-
-    @property
-    def end(self) -> int:
-        return max(runs[-1].end for runs in self.runs.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +221,13 @@ class Scheduler:
             tokens = sum(run.length for run in taken)
             budgets[rank] -= tokens
             self._hold(request, rank, taken)
-        request.home = max(runs, key=lambda rank: runs[rank][-1].end)
+        end, request.home = max((taken[-1].end, rank) for rank, taken in runs.items())
         shards = tuple(
             Shard(rank, tuple(new), cached.get(rank, 0), tuple(new))
             for rank in sorted(request.holdings)
             for new in (runs.get(rank, []),)
         )
-        return Chunk(request, runs, Segment(request.request_id, self._strategy(shards), shards))
+        return Chunk(request, end, Segment(request.request_id, self._strategy(shards), shards))
 
     def _hold(self, request: Request, rank: int, runs: Sequence[Run]) -> None:
         """Give the request the pages for new tokens on one rank."""

@@ -61,6 +61,17 @@ class Exchange:
             ]
         return self._seeing[key]
 
+    def num_seeing(self, queries_on: int, keys_on: int) -> int:
+        """How many queries on one rank there are for the keys on another."""
+        return sum(
+            self.num_queries(index, queries_on) for index in self.seeing(queries_on, keys_on)
+        )
+
+    def num_seen(self, queries_on: int, keys_on: int) -> int:
+        """How many tokens' keys on one rank the queries on another are for."""
+        seeing = self.seeing(queries_on, keys_on)
+        return sum(self.num_keys(index, keys_on) for index in seeing)
+
     def tiles(self, index: int, queries_on: int, keys_on: int) -> list[Tile]:
         key = (index, queries_on, keys_on)
         if key not in self._tiles:

@@ -14,15 +14,7 @@ def gather_kv(layer: LayerExchange) -> Job:
         if wanted not in packed:
             packed[wanted] = layer.pack_keys(wanted)
         sends.append((peer, packed[wanted]))
-    receives = [
-        (
-            peer,
-            layer.empty_keys(
-                sum(exchange.num_keys(index, peer) for index in exchange.seeing(rank, peer))
-            ),
-        )
-        for peer in exchange.others
-    ]
+    receives = [(peer, layer.empty_keys(exchange.num_seen(rank, peer))) for peer in exchange.others]
     wait = layer.send("gather_kv", sends, receives)
     yield
     states = layer.empty_states()

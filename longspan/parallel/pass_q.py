@@ -17,7 +17,7 @@ def pass_q(layer: LayerExchange) -> Job:
     exchange = layer.exchange
     rank, others = exchange.rank, exchange.others
     asked = [(peer, layer.pack_queries(exchange.seeing(rank, peer))) for peer in others]
-    asking = [(peer, layer.empty_queries(_num_queries(layer, peer, rank))) for peer in others]
+    asking = [(peer, layer.empty_queries(exchange.num_seeing(peer, rank))) for peer in others]
     wait = layer.send("pass_q", asked, asking)
     yield
     wait()
@@ -36,13 +36,6 @@ def pass_q(layer: LayerExchange) -> Job:
         for index, part in zip(indices, torch.split(packed, sizes), strict=True):
             states[index].absorb(AttentionState(part[..., :-1], part[..., -1]))
     return states
-
-
-def _num_queries(layer: LayerExchange, queries_on: int, keys_on: int) -> int:
-    exchange = layer.exchange
-    return sum(
-        exchange.num_queries(index, queries_on) for index in exchange.seeing(queries_on, keys_on)
-    )
 
 
 def _state_shape(layer: LayerExchange, tokens: int) -> tuple[int, int, int]:

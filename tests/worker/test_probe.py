@@ -8,6 +8,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from zoo import DYNAMIC, FULL, LONGROPE
 
 from longspan.errors import UnsupportedModelError
 from longspan.worker.probe import LayerShape, probe
@@ -39,17 +40,7 @@ SMALL: dict[str, Any] = {
     "v_head_dim": 32,
     "kv_channels": 16,
 }
-FULL = "full_attention"
 TWO_FULL = {"layer_types": [FULL, FULL]}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0] * 8,
-    "long_factor": [4.0] * 8,
-    "original_max_position_embeddings": 64,
-    "factor": 8.0,
-}
 
 
 def make(model_type: str, **fields: Any) -> PreTrainedModel:
