@@ -182,7 +182,7 @@ def test_messages_that_the_chat_template_cannot_take(
 ) -> None:
     template = "{{ raise_exception('roles must\nalternate') }}"
     monkeypatch.setattr(llm.get_tokenizer(), "chat_template", template)
-    with pytest.raises(InvalidRequestError, match="chat template: roles must alternate$"):
+    with pytest.raises(InvalidRequestError, match=r"chat template: roles must alternate$"):
         llm.chat([{"role": "user", "content": "Hello"}], GREEDY)
 
 
