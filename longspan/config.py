@@ -65,8 +65,15 @@ class EngineConfig:
         2048, "Most tokens that one rank computes in one step; longer prompts go in chunks."
     )
     max_num_seqs: int = _option(256, "Most requests that run at the same time.")
-    min_tokens_per_rank: int = _option(
-        1024, "A prompt is spread over one more rank for each so many tokens."
+    max_step_time: float | None = _option(
+        0.1,
+        "Predicted seconds after which no more prompt tokens are put into a step, so that others "
+        "are not kept waiting (four times as many for a prompt that is alone); None: no limit.",
+    )
+    min_tokens_per_rank: int | None = _option(
+        None,
+        "Spread every prompt over one rank for each so many tokens, instead of where it is "
+        "predicted to be faster.",
     )
     attention_strategy: Strategy = _option(
         "auto", "How ranks share attention; 'auto' picks for each request and step."
@@ -96,12 +103,13 @@ class EngineConfig:
             "page_size",
             "max_num_batched_tokens",
             "max_num_seqs",
-            "min_tokens_per_rank",
         ):
             self._check_at_least_one(name, getattr(self, name))
-        for name in ("max_model_len", "kv_cache_memory_bytes"):
+        for name in ("max_model_len", "kv_cache_memory_bytes", "min_tokens_per_rank"):
             if getattr(self, name) is not None:
                 self._check_at_least_one(name, getattr(self, name))
+        if self.max_step_time is not None and not self.max_step_time > 0:
+            raise ConfigError(f"max_step_time={self.max_step_time!r} must be above 0")
         self._check_choices()
         self._check_kv_capacity()
 
@@ -127,6 +135,7 @@ class EngineConfig:
             ("trust_remote_code", bool, "True or False"),
             ("enable_prefix_caching", bool, "True or False"),
             ("gpu_memory_utilization", float | int | None, "a number"),
+            ("max_step_time", float | int | None, "a number of seconds or None"),
         ):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be {meaning}")

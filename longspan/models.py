@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -48,7 +49,11 @@ _ATTENTION_FIELDS = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What the engine knows of a model; `max_model_len` is the longest context to be served."""
+    """What the engine knows of a model; `max_model_len` is the longest context to be served.
+
+    `num_active_parameters` are the weights that every token is multiplied with: no embedding, no
+    head, which only sampled tokens meet, and of a layer's experts as many as a token is sent to.
+    """
 
     name: str
     architecture: str
@@ -60,6 +65,7 @@ class ModelSpec:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     dtype: str
+    num_active_parameters: int
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ def load_spec(config: EngineConfig) -> ModelSpec:
         max_model_len=_max_model_len(config, model),
         eos_token_ids=_eos_token_ids(config, model),
         dtype=_dtype(config, model),
+        num_active_parameters=_num_active_parameters(config, model),
     )
 
 
@@ -293,3 +300,21 @@ def _dtype(config: EngineConfig, model: _Model) -> str:
     if dtype not in served:
         raise ConfigError(f"model={config.model!r} has dtype={dtype!r}; set one of {served}")
     return dtype
+
+
+def _num_active_parameters(config: EngineConfig, model: _Model) -> int:
+    """Counted in a model without memory; a checkpoint's tensors may have other names and types."""
+    try:
+        with torch.device("meta"):
+            built = model.cls(model.text)
+    except Exception as error:  # models raise errors of many kinds
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model={config.model!r} can't be built: {reason}") from error
+    active: int | None = getattr(model.text, "num_experts_per_tok", None)
+    head, count = built.get_output_embeddings(), 0
+    for name, module in built.named_modules():
+        if module is not head and not isinstance(module, torch.nn.Embedding):
+            for weight in module.parameters(recurse=False):
+                met = weight[:active] if name.endswith(".experts") else weight  # [experts, ...]
+                count += met.numel()
+    return count

@@ -12,7 +12,7 @@ import msgspec
 Strategy = Literal["local", "pass_kv", "gather_kv", "pass_q"]
 
 
-class Run(msgspec.Struct, frozen=True, array_like=True):
+class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Consecutive positions `start .. start + length - 1` of one request."""
 
     start: int
@@ -23,11 +23,11 @@ class Run(msgspec.Struct, frozen=True, array_like=True):
         return self.start + self.length
 
 
-class Extent(Run, frozen=True, array_like=True):
+class Extent(Run, frozen=True, array_like=True, gc=False):
     """Consecutive pages `start .. start + length - 1` of one rank's pool."""
 
 
-class Shard(msgspec.Struct, frozen=True, array_like=True):
+class Shard(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One rank's share of one request in one step.
 
     `queries` are the positions whose queries the rank computes. The rank's keys and values are
@@ -48,7 +48,7 @@ class Shard(msgspec.Struct, frozen=True, array_like=True):
         return self.cached + sum(run.length for run in self.keys)
 
 
-class Segment(msgspec.Struct, frozen=True, array_like=True):
+class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request in one step: how its attention is shared, and every rank's share of it."""
 
     request_id: str
@@ -63,7 +63,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
         return Shard(rank, (), 0, ())
 
 
-class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
     """How to draw the token that follows one row of a rank's packed batch.
 
     `position` is the position that the drawn token will have; with `seed` it fixes the random
@@ -88,7 +88,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True)
     banned_ids: tuple[int, ...] = ()
 
 
-class Part(msgspec.Struct, frozen=True, array_like=True):
+class Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A segment as one rank sees it: with the pages that hold the rank's own keys, in order.
 
     The rank's queries of all its parts, in the parts' order, are its packed batch.
@@ -98,21 +98,38 @@ class Part(msgspec.Struct, frozen=True, array_like=True):
     extents: tuple[Extent, ...]
 
 
-class RankPlan(msgspec.Struct, frozen=True, array_like=True):
-    """What one rank does in one step. `token_ids` are its packed batch, in its parts' order."""
+class Move(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Full pages of one request whose keys and values one rank copies into another's pool.
+
+    Page by page, `sources` on rank `source` become `targets` on rank `target`, in all layers. They
+    travel while the step computes: nothing reads `targets` or writes `sources` in the same step.
+    """
+
+    source: int
+    target: int
+    sources: tuple[Extent, ...]
+    targets: tuple[Extent, ...]
+
+
+class RankPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one rank does in one step. `token_ids` are its packed batch, in its parts' order.
+
+    `moves` are those that it sends or receives; every rank has them in the same order.
+    """
 
     token_ids: tuple[int, ...]
     parts: tuple[Part, ...]
     samplings: tuple[Sampling, ...]
+    moves: tuple[Move, ...] = ()
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     token_id: int
     logprob: float
     rank: int
 
 
-class Sampled(msgspec.Struct, frozen=True, array_like=True):
+class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The token drawn for one request, the drawn token's logprob first if they were asked for."""
 
     request_id: str
@@ -120,7 +137,7 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-class Traffic(msgspec.Struct, array_like=True):
+class Traffic(msgspec.Struct, array_like=True, gc=False):
     """Messages sent to other ranks and their bytes."""
 
     calls: int = 0
@@ -128,7 +145,7 @@ class Traffic(msgspec.Struct, array_like=True):
     bytes: int = 0
 
 
-class RankResult(msgspec.Struct, frozen=True, array_like=True):
+class RankResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one rank gives back: drawn tokens, and what it sent for each strategy."""
 
     sampled: tuple[Sampled, ...]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zoo
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 from zoo import DYNAMIC, FULL, LONGROPE
 
@@ -48,6 +49,16 @@ def change(folder: Path, **fields: Any) -> Path:
     return folder
 
 
+def active_parameters(folder: Path) -> int:
+    """Weights of a checkpoint that one token meets; the zoo sends it to 2 experts of a layer."""
+    count = 0
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        expert = re.search(r"\.experts\.(\d+)\.", name)
+        if "embed" not in name and "lm_head" not in name and (not expert or int(expert[1]) < 2):
+            count += tensor.size
+    return count
+
+
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_the_zoo_is_accepted(name: str, tmp_path: Path) -> None:
     folder = zoo.build(name, tmp_path)
@@ -63,8 +74,29 @@ def test_the_zoo_is_accepted(name: str, tmp_path: Path) -> None:
         max_model_len=8192,
         eos_token_ids=(0,),
         dtype="float32",
+        num_active_parameters=active_parameters(folder),
     )
     assert found.architecture.lower() == f"{name.replace('_', '')}forcausallm"
+
+
+def test_active_parameters_follow_from_the_config_alone(tmp_path: Path) -> None:
+    """Also where a checkpoint's tensors have other names, and embedding and head are one."""
+    fields = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    llama = checkpoint(tmp_path / "llama", "llama", tie_word_embeddings=True, **fields, **heads)
+    layer = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96 + 2 * 64
+    assert spec(llama).num_active_parameters == 3 * layer + 64
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 3}
+    mixtral = checkpoint(tmp_path / "mixtral", "mixtral", **fields, **heads, **experts)
+    layer += 64 * 8 + 2 * 3 * 64 * 96
+    assert spec(mixtral, max_model_len=100).num_active_parameters == 3 * layer + 64
+
+
+def test_a_model_that_cannot_be_built(tmp_path: Path) -> None:
+    folder = change(checkpoint(tmp_path, "llama"), hidden_act="none such")
+    with pytest.raises(ConfigError, match=r"can't be built: .*none such") as caught:
+        spec(folder)
+    assert "\n" not in str(caught.value)
 
 
 SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}

@@ -1,6 +1,8 @@
-"""What each strategy sends, and which one a step takes. Pure Python."""
+"""What each strategy computes and sends, and which one a step takes. Pure Python."""
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from longspan.plan import Shard, Strategy
@@ -38,7 +40,17 @@ class KVShape(NamedTuple):
     @property
     def query_bytes(self) -> int:
         """One token's query out in the model's type, its `out` and `lse` back in float32."""
-        return self.num_heads * (self.head_dim * self.itemsize + self.head_dim * 4 + 4)
+        return self.asked_bytes + self.answered_bytes
+
+    @property
+    def asked_bytes(self) -> int:
+        """One token's query in one layer."""
+        return self.num_heads * self.head_dim * self.itemsize
+
+    @property
+    def answered_bytes(self) -> int:
+        """One token's state in one layer, `out` and `lse`."""
+        return self.num_heads * (self.head_dim + 1) * 4
 
 
 def exchanged_bytes(strategy: Strategy, shards: Sequence[Shard], shape: KVShape) -> int:
@@ -49,19 +61,97 @@ def exchanged_bytes(strategy: Strategy, shards: Sequence[Shard], shape: KVShape)
     """
     if strategy == "local":
         return 0
-    asking = [shard for shard in shards if shard.num_queries]
-    holding = [shard for shard in shards if shard.num_keys]
+    ring = sorted(shards, key=attrgetter("rank"))
+    asked = [shard.num_queries for shard in ring]
+    held = [shard.num_keys for shard in ring]
     if strategy == "pass_q":
-        pairs = sum(
-            query.num_queries for query in asking for key in holding if query.rank != key.rank
-        )
-        return pairs * shape.query_bytes
+        at_home = sum(queries for queries, keys in zip(asked, held, strict=True) if keys)
+        holders = sum(1 for keys in held if keys)
+        return (sum(asked) * holders - at_home) * shape.query_bytes
     if strategy == "gather_kv":
-        pairs = sum(key.num_keys for query in asking for key in holding if query.rank != key.rank)
-        return pairs * shape.key_bytes
-    ring = sorted(shard.rank for shard in shards)
-    hops = sum(key.num_keys * _reach(key.rank, asking, ring) for key in holding)
+        at_home = sum(keys for queries, keys in zip(asked, held, strict=True) if queries)
+        askers = sum(1 for queries in asked if queries)
+        return (sum(held) * askers - at_home) * shape.key_bytes
+    hops, last = 0, max(place for place, queries in enumerate(asked) if queries)
+    for place, keys in enumerate(held):  # a block goes on to the last rank that asks before it
+        hops += keys * ((last - place) % len(ring))
+        if asked[place]:
+            last = place
     return hops * shape.key_bytes
+
+
+def sent_bytes(strategy: Strategy, shards: Sequence[Shard], shape: KVShape) -> list[int]:
+    """Bytes that each rank sends for one segment in one layer; together `exchanged_bytes`.
+
+    Shards are in the order of their ranks.
+    """
+    if strategy == "local":
+        return [0] * len(shards)
+    asked = [shard.num_queries for shard in shards]
+    held = [shard.num_keys for shard in shards]
+    if strategy == "pass_q":
+        new, holders = sum(asked), sum(1 for keys in held if keys)
+        return [
+            queries * (holders - bool(keys)) * shape.asked_bytes
+            + (new - queries if keys else 0) * shape.answered_bytes
+            for queries, keys in zip(asked, held, strict=True)
+        ]
+    if strategy == "gather_kv":
+        askers = sum(1 for queries in asked if queries)
+        return [
+            keys * (askers - bool(queries)) * shape.key_bytes
+            for queries, keys in zip(asked, held, strict=True)
+        ]
+    return [keys * shape.key_bytes for keys in _passed_on(asked, held)]
+
+
+def _passed_on(asked: Sequence[int], held: Sequence[int]) -> list[int]:
+    """Keys that each rank sends to the next in a ring: a block goes as far as the last query."""
+    size = len(held)
+    last = max(place for place, queries in enumerate(asked) if queries)
+    # By how much more keys are sent at a place than at the one before. The ring is laid out twice,
+    # so that a block that goes past its end needs no other care.
+    change = [0] * (2 * size)
+    for place, keys in enumerate(held):
+        change[place] += keys
+        change[place + (last - place) % size] -= keys
+        if asked[place]:
+            last = place
+    sent = list(accumulate(change))
+    return [first + second for first, second in zip(sent[:size], sent[size:], strict=True)]
+
+
+def seen_keys(strategy: Strategy, shards: Sequence[Shard]) -> list[tuple[int, int]]:
+    """Pairs of a query and a key it sees that each rank computes for a segment; keys it reads.
+
+    They are of its queries and all keys; for pass-Q, of all queries and its keys. The segment's
+    new tokens are consecutive, and a rank that has the query of one has its key.
+    """
+    start = min(shard.queries[0].start for shard in shards if shard.queries)
+    asked = [shard.num_queries for shard in shards]
+    new, cached = sum(asked), sum(shard.cached for shard in shards)
+    seen = []
+    for shard, queries in zip(shards, asked, strict=True):
+        if strategy == "pass_q":
+            pairs = new * shard.cached
+            for run in shard.keys:  # the last key of a run is seen by so many queries more
+                later = start + new - run.start - run.length
+                pairs += run.length * later + run.length * (run.length + 1) // 2
+            seen.append((pairs, shard.cached + queries))
+        else:
+            pairs = queries * cached
+            for run in shard.queries:
+                earlier = run.start - start
+                pairs += run.length * earlier + run.length * (run.length + 1) // 2
+            seen.append((pairs, cached + new if queries else 0))
+    return seen
+
+
+def num_calls(strategy: Strategy, size: int) -> int:
+    """How many exchanges a segment over `size` ranks takes in one layer, one after the other."""
+    if size == 1:
+        return 0
+    return {"local": 0, "pass_kv": size - 1, "gather_kv": 1, "pass_q": 2}[strategy]
 
 
 def choose(shards: Sequence[Shard], shape: KVShape) -> Strategy:
@@ -74,8 +164,3 @@ def choose(shards: Sequence[Shard], shape: KVShape) -> Strategy:
         return "local"
     pass_kv = exchanged_bytes("pass_kv", shards, shape)
     return "pass_q" if exchanged_bytes("pass_q", shards, shape) < pass_kv else "pass_kv"
-
-
-def _reach(origin: int, asking: Sequence[Shard], ring: list[int]) -> int:
-    start = ring.index(origin)
-    return max((ring.index(shard.rank) - start) % len(ring) for shard in asking)

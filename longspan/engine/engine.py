@@ -1,12 +1,13 @@
 """The engine: schedule, execute, update."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from longspan.config import EngineConfig
-from longspan.cost.strategy import KVShape
+from longspan.cost.model import CostModel
 from longspan.engine.completion import Group
 from longspan.engine.detokenizer import Detokenizer
 from longspan.engine.executor import Executor
@@ -44,22 +45,30 @@ class Engine:
         spec: "ModelSpec",
         executor: Executor,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.spec = spec
         self.executor = executor
         self.tokenizer = tokenizer
+        self.clock = clock
         self.ledger = Ledger(executor.num_pages, config.page_size)
-        self.scheduler = Scheduler(config, self.ledger, KVShape.of(spec))
+        self.scheduler = Scheduler(config, self.ledger, CostModel.of(spec, executor.rates))
         self.traffic: dict[str, Traffic] = {}
         self._groups: dict[str, Group] = {}
         self._numbers = itertools.count()
+        self._arrivals = itertools.count()
 
-    def step(self) -> list[Group]:
-        """Run one step; returns the groups that drew a token in it."""
-        step = self.scheduler.schedule()
-        results = self.executor.execute(step.plans)
-        drawn = self.scheduler.update(step, results.values())
+    def step(self, timeout: float | None = None) -> list[Group]:
+        """Start what idle ranks can do, wait for the first that is done; who drew a token?
+
+        Ranks without requests in common don't wait for each other. After `timeout` seconds the
+        answer is nobody, so that requests that have come meanwhile can begin on idle ranks.
+        """
+        for step in self.scheduler.schedule():
+            self.executor.start(step.plans)
+        results = self.executor.wait(timeout)
+        drawn = self.scheduler.update(results)
         self._count(result.traffic for result in results.values())
         return self._groups_of(drawn)
 
@@ -87,8 +96,11 @@ class Engine:
         *,
         prompt: str | None = None,
         request_id: str | None = None,
+        priority: int = 0,
     ) -> Group:
         """Check a request and queue it; nothing is computed before the next step.
+
+        Requests of a lower `priority` go first, and are preempted last; of the same, older ones.
 
         Raises:
             InvalidRequestError: prompt or parameters can't be served; names field, value, limit.
@@ -96,18 +108,23 @@ class Engine:
         self.check(prompt_token_ids, params)
         if request_id in self._groups:
             raise InvalidRequestError(f"request_id={request_id!r} is already running")
+        prompt_token_ids = list(prompt_token_ids)
         number = next(n for n in self._numbers if str(n) not in self._groups)
         request_id = str(number) if request_id is None else request_id
         seed, stream = (params.seed, 0) if params.seed is not None else (self.config.seed, number)
         requests = [
             self._request(
-                f"{request_id}/{index}", prompt_token_ids, params, _mixed(seed, stream, index)
+                f"{request_id}/{index}",
+                prompt_token_ids,
+                params,
+                _mixed(seed, stream, index),
+                (priority, next(self._arrivals)),
             )
             for index in range(params.n)
         ]
         for follower in requests[1:]:
             follower.leader = requests[0]
-        group = Group(request_id, prompt, list(prompt_token_ids), requests, self.tokenizer)
+        group = Group(request_id, prompt, prompt_token_ids, requests, self.tokenizer)
         self._groups[request_id] = group
         for request in requests:
             self.scheduler.add(request)
@@ -127,12 +144,13 @@ class Engine:
         length = len(prompt_token_ids)
         if not length:
             raise InvalidRequestError("the prompt is empty; it must have at least 1 token")
-        for position, token_id in enumerate(prompt_token_ids):
-            if not 0 <= token_id < self.spec.vocab_size:
-                raise InvalidRequestError(
-                    f"prompt_token_ids[{position}]={token_id} is outside the vocabulary "
-                    f"(0 to {self.spec.vocab_size - 1})"
-                )
+        known = range(self.spec.vocab_size)
+        if min(prompt_token_ids) not in known or max(prompt_token_ids) not in known:
+            position = next(i for i, id_ in enumerate(prompt_token_ids) if id_ not in known)
+            raise InvalidRequestError(
+                f"prompt_token_ids[{position}]={prompt_token_ids[position]} is outside the "
+                f"vocabulary (0 to {self.spec.vocab_size - 1})"
+            )
         if length >= self.spec.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {length} tokens; with one to generate it exceeds "
@@ -146,16 +164,21 @@ class Engine:
             )
 
     def _request(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, seed: int
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        seed: int,
+        order: tuple[int, int],
     ) -> Request:
         room = self.context_limit - len(prompt)
         end_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             end_ids |= frozenset(self.spec.eos_token_ids)
         return Request(
-            request_id,
-            prompt,
-            params,
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            params=params,
             seed=seed,
             end_ids=end_ids,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
@@ -165,6 +188,8 @@ class Engine:
                 params.stop_strings,
                 params.min_tokens,
             ),
+            order=order,
+            clock=self.clock,
         )
 
     def _groups_of(self, requests: Iterable[Request]) -> list[Group]:

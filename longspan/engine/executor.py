@@ -3,16 +3,35 @@
 from collections.abc import Mapping
 from typing import Protocol
 
+from longspan.cost.model import Rates
 from longspan.plan import RankPlan, RankResult
 
 
 class Executor(Protocol):
-    """A fleet of ranks that runs plans. `num_pages[r]` is the size of rank r's pool."""
+    """A fleet of ranks that run plans. `num_pages[r]` is the size of rank r's pool.
+
+    `rates` are what a rank's device and links do.
+
+    Ranks work independently of each other, unless their plans have segments or moves in common:
+    those must be started together.
+    """
 
     num_pages: tuple[int, ...]
+    rates: Rates
 
-    def execute(self, plans: Mapping[int, RankPlan]) -> dict[int, RankResult]:
-        """Run one step on the ranks that have a plan, all at once.
+    def start(self, plans: Mapping[int, RankPlan]) -> None:
+        """Begin a step on ranks that are not at work.
+
+        Raises:
+            RankFailedError: a rank died or raised; the fleet has been stopped.
+            EngineStoppedError: the fleet has been stopped before.
+        """
+        ...
+
+    def wait(self, timeout: float | None = None) -> dict[int, RankResult]:
+        """Results of the ranks that are done; waits for the first of those at work.
+
+        Empty if no rank is at work, or none is done in `timeout` seconds.
 
         Raises:
             RankFailedError: a rank died or raised; the fleet has been stopped.

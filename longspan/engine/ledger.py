@@ -21,7 +21,8 @@ class Ledger:
         self.page_size = page_size
         self.cache = PrefixCache()
         self._free = [[Extent(0, pages)] if pages else [] for pages in num_pages]
-        self._num_free = list(num_pages)
+        self.free = list(num_pages)
+        """How many pages each rank can give: those without an owner, idle ones included."""
         self._owners = [[0] * pages for pages in num_pages]
         self._idle: list[dict[int, None]] = [{} for _ in num_pages]
 
@@ -34,15 +35,15 @@ class Ledger:
         """How many tokens' keys all ranks together can hold."""
         return sum(self.num_pages) * self.page_size
 
-    def num_free(self, rank: int) -> int:
-        return self._num_free[rank] + len(self._idle[rank])
-
     def num_used(self, rank: int) -> int:
-        return self.num_pages[rank] - self.num_free(rank)
+        return self.num_pages[rank] - self.free[rank]
 
     def is_idle(self, place: Place) -> bool:
         """Whether a page in the cache has no owner."""
         return place.page in self._idle[place.rank]
+
+    def num_owners(self, place: Place) -> int:
+        return self._owners[place.rank][place.page]
 
     def pages_of(self, tokens: int) -> int:
         """How many pages so many consecutive tokens take."""
@@ -54,9 +55,9 @@ class Ledger:
         A request that can't go on there starts in the middle of the longest free extent, so that
         requests that decode side by side don't grow into each other.
         """
-        assert 0 < pages <= self.num_free(rank), (rank, pages, self.num_free(rank))
-        self._evict(rank, pages - self._num_free[rank])
-        self._num_free[rank] -= pages
+        assert 0 < pages <= self.free[rank], (rank, pages, self.free[rank])
+        self._evict(rank, pages - (self.free[rank] - len(self._idle[rank])))
+        self.free[rank] -= pages
         taken = []
         if after is not None and (next_to := self._starting_at(rank, after + 1)):
             taken.append(Extent(next_to.start, min(next_to.length, pages)))
@@ -70,7 +71,9 @@ class Ledger:
 
     def share(self, place: Place) -> None:
         """Give a page of the cache one more owner."""
-        self._idle[place.rank].pop(place.page, None)
+        if place.page in self._idle[place.rank]:
+            del self._idle[place.rank][place.page]
+            self.free[place.rank] -= 1
         self._owners[place.rank][place.page] += 1
 
     def release(self, rank: int, extents: Sequence[Extent]) -> None:
@@ -82,11 +85,13 @@ class Ledger:
             for page in reversed(range(extent.start, extent.end)):
                 assert owners[page] > 0, f"page {page} of rank {rank} freed twice"
                 owners[page] -= 1
-                if not owners[page] and Place(rank, page) in self.cache:
+                if owners[page]:
+                    continue
+                self.free[rank] += 1
+                if Place(rank, page) in self.cache:
                     self._idle[rank][page] = None
-                elif not owners[page]:
+                else:
                     self._insert(rank, Extent(page, 1))
-                    self._num_free[rank] += 1
 
     def _evict(self, rank: int, pages: int) -> None:
         for _ in range(pages):
@@ -94,7 +99,6 @@ class Ledger:
             del self._idle[rank][page]
             self.cache.forget(Place(rank, page))
             self._insert(rank, Extent(page, 1))
-            self._num_free[rank] += 1
 
     def _take(self, rank: int, pages: int, growing: bool) -> list[Extent]:
         """So many pages from one extent that has them, else from the longest ones."""

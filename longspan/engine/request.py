@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,80 +17,83 @@ MIN_EXPECTED_TOKENS = 16
 
 @dataclass(slots=True)
 class Holding:
-    """A request's keys on one rank: its pages in order of position, all full but the last."""
+    """A request's keys on one rank: its pages, all full but the last of the request."""
 
-    extents: list[Extent] = field(default_factory=list)
+    extents: tuple[Extent, ...] = ()
     tokens: int = 0
-
-    @property
-    def num_pages(self) -> int:
-        return sum(extent.length for extent in self.extents)
 
     @property
     def last_page(self) -> int | None:
         return self.extents[-1].end - 1 if self.extents else None
 
     def add_pages(self, extents: Sequence[Extent]) -> None:
-        for extent in extents:
-            if self.extents and self.extents[-1].end == extent.start:
-                last = self.extents[-1]
-                self.extents[-1] = Extent(last.start, last.length + extent.length)
-            else:
-                self.extents.append(extent)
+        self.extents = joined((*self.extents, *extents))
 
 
+def joined(extents: Sequence[Extent]) -> tuple[Extent, ...]:
+    """The same pages in as few extents as their order allows."""
+    whole: list[Extent] = []
+    for extent in extents:
+        if whole and whole[-1].end == extent.start:
+            whole[-1] = Extent(whole[-1].start, whole[-1].length + extent.length)
+        else:
+            whole.append(extent)
+    return tuple(whole)
+
+
+@dataclass(eq=False)
 class Request:
     """One sequence: prompt, output, and two facts of progress.
 
     `num_computed` tokens have their keys in the ranks' pools, as `holdings` says; the rest of
     `num_tokens` (prompt and output so far) are still to be computed. There is no other state:
     a prefill chunk, a decode step and a recomputation after preemption are the same thing.
+    `order` says who goes first: lower priority values, and earlier arrivals among equals.
     """
 
-    def __init__(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        seed: int,
-        end_ids: frozenset[int],
-        max_tokens: int,
-        detokenizer: Detokenizer,
-    ) -> None:
-        self.request_id = request_id
-        self.prompt_token_ids = list(prompt_token_ids)
-        self.params = params
-        self.seed = seed
-        self.end_ids = end_ids
-        self.max_tokens = max_tokens
-        self.detokenizer = detokenizer
-        self.output_token_ids: list[int] = []
-        self.logprobs: list[tuple[TokenLogprob, ...]] = []
-        self.finish_reason: str | None = None
-        self.stop_reason: int | str | None = None
-        self.metrics = RequestMetrics(arrival_time=time.monotonic())
-        self.num_computed = 0
-        self.holdings: dict[int, Holding] = {}
-        self.ranks: list[int] = []
-        """The ranks over which its prefill is spread."""
-        self.home: int | None = None
-        """The rank with its last page, which computes its decode tokens."""
-        self.places: dict[int, Place] = {}
-        """Where each of its pages is: page i holds positions i * P to i * P + P - 1."""
-        self.num_cached_tokens = 0
-        self.leader: Request | None = None
-        """The sequence that computes the same prompt first, for this one to share its pages."""
-        self._page_hashes: list[bytes] = []
-        self._output_counts: Counter[int] = Counter()
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    end_ids: frozenset[int]
+    max_tokens: int
+    detokenizer: Detokenizer
+    order: tuple[int, int] = (0, 0)
+    clock: Callable[[], float] = time.monotonic
+
+    output_token_ids: list[int] = field(init=False, default_factory=list)
+    logprobs: list[tuple[TokenLogprob, ...]] = field(init=False, default_factory=list)
+    finish_reason: str | None = field(init=False, default=None)
+    stop_reason: int | str | None = field(init=False, default=None)
+    metrics: RequestMetrics = field(init=False)
+    num_tokens: int = field(init=False)
+    num_computed: int = field(init=False, default=0)
+    num_cached_tokens: int = field(init=False, default=0)
+    ranks: list[int] = field(init=False, default_factory=list)
+    """The ranks that have its keys or will: those that must be idle for it to go on."""
+    holdings: dict[int, Holding] = field(init=False, default_factory=dict)
+    places: dict[int, Place] = field(init=False, default_factory=dict)
+    """Where each of its pages is: page i holds positions i * P to i * P + P - 1."""
+    home: int | None = field(init=False, default=None)
+    """The rank with its last page, which computes its decode tokens."""
+    to_gather: list[int] = field(init=False, default_factory=list)
+    """Its pages on other ranks that are still to be moved to its home."""
+    in_flight: bool = field(init=False, default=False)
+    """Whether a step with it is under way: its pages can't be taken now."""
+    doomed: bool = field(init=False, default=False)
+    """Whether its pages are to be taken when that step is done."""
+    leader: "Request | None" = field(init=False, default=None)
+    """The sequence that computes the same prompt first, for this one to share its pages."""
+    _page_hashes: list[bytes] = field(init=False, default_factory=list)
+    _output_counts: Counter[int] = field(init=False, default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.metrics = RequestMetrics(arrival_time=self.clock())
+        self.num_tokens = len(self.prompt_token_ids)
 
     @cached_property
     def _distinct_prompt_ids(self) -> tuple[int, ...]:
         return tuple(sorted(set(self.prompt_token_ids)))
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_pending(self) -> int:
@@ -116,10 +119,6 @@ class Request:
         more = min(max(output, MIN_EXPECTED_TOKENS), self.max_tokens - output)
         return self.num_tokens + more
 
-    @property
-    def num_pages(self) -> int:
-        return sum(holding.num_pages for holding in self.holdings.values())
-
     def num_keys(self, rank: int) -> int:
         """How many of the request's tokens have their keys on a rank."""
         return self.holdings[rank].tokens if rank in self.holdings else 0
@@ -131,6 +130,7 @@ class Request:
         """Forget where the keys were, after their pages have been given back."""
         self.metrics.kv_tokens = [self.num_keys(rank) for rank in range(num_ranks)]
         self.holdings, self.places, self.home, self.num_computed = {}, {}, None, 0
+        self.ranks, self.to_gather, self.doomed = [], [], False
 
     def adopt(self, places: Sequence[Place], page_size: int) -> None:
         """Begin with full pages of the prefix cache instead of computing them."""
@@ -151,6 +151,8 @@ class Request:
 
     def tokens_of(self, run: Run) -> list[int]:
         """The token ids at the positions of a run."""
+        if run.start == self.num_tokens - 1 and self.output_token_ids:
+            return self.output_token_ids[-1:]
         prompt = len(self.prompt_token_ids)
         if run.end <= prompt:
             return self.prompt_token_ids[run.start : run.end]
@@ -189,9 +191,10 @@ class Request:
     def append(self, sampled: Sampled) -> None:
         """Take a drawn token; sets `finish_reason` if it is the last."""
         if self.metrics.first_token_time is None:
-            self.metrics.first_token_time = time.monotonic()
+            self.metrics.first_token_time = self.clock()
         early = len(self.output_token_ids) < self.params.min_tokens
         self.output_token_ids.append(sampled.token_id)
+        self.num_tokens += 1
         self._output_counts[sampled.token_id] += 1
         self.metrics.num_generation_tokens += 1
         if sampled.logprobs:
@@ -212,4 +215,4 @@ class Request:
             if stop_string is not None and reason == "length":
                 reason, stop_reason = "stop", stop_string
         self.finish_reason, self.stop_reason = reason, stop_reason
-        self.metrics.finished_time = time.monotonic()
+        self.metrics.finished_time = self.clock()

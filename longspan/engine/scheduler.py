@@ -1,290 +1,296 @@
-"""Decides what every rank computes in the next step. Pure Python: no tensors, no processes."""
+"""Decides what every rank computes in its next step. Pure Python: no tensors, no processes."""
 
-import time
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 
 from longspan.config import EngineConfig
-from longspan.cost.strategy import KVShape, choose
+from longspan.cost.model import CostModel
+from longspan.engine.admission import Admission
+from longspan.engine.cut import cut
+from longspan.engine.draft import Draft
+from longspan.engine.gather import Gatherer
 from longspan.engine.ledger import Ledger
-from longspan.engine.placement import choose_ranks, cut
-from longspan.engine.prefix_cache import Place
+from longspan.engine.placement import Placement, Placer
+from longspan.engine.prefix_cache import Hit
 from longspan.engine.request import Request
-from longspan.engine.shard import fair_shares
-from longspan.plan import (
-    Part,
-    RankPlan,
-    RankResult,
-    Run,
-    Sampling,
-    Segment,
-    Shard,
-    Strategy,
-)
+from longspan.engine.running import Running, by_order
+from longspan.engine.step import Step, decode_chunk, prefill_chunk
+from longspan.plan import RankResult, Run, Shard, Strategy
 
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The new tokens of one request in one step, those before position `end`."""
-
-    request: Request
-    end: int
-    segment: Segment
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The plans of the ranks that have a part in a step, and the chunks they were made from."""
-
-    chunks: list[Chunk]
-    plans: dict[int, RankPlan]
+LOOKAHEAD = 8
+"""So many waiting requests whose ranks are busy or full may be passed by others in a round."""
 
 
 class Scheduler:
-    """Requests in order of arrival, and the ledger of the pages that hold their keys.
+    """Waiting and running requests, and the ledger of the pages that hold their keys.
 
-    A step takes decode tokens first, then prefill chunks of running requests, then admits waiting
-    ones, until every rank's `max_num_batched_tokens` are spent. A request is admitted when the
-    free pages that no running one is expected to need can take it, as far as it is expected to go.
+    Ranks that have a request in common are a team and step together; all others step each at its
+    own pace. A step takes decode tokens first, then prefill chunks, and prompts that are waiting
+    begin with them, until every rank's tokens and time are spent.
     """
 
-    def __init__(self, config: EngineConfig, ledger: Ledger, shape: KVShape) -> None:
+    def __init__(self, config: EngineConfig, ledger: Ledger, cost: CostModel) -> None:
         self.config = config
         self.ledger = ledger
-        self.shape = shape
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.cost = cost
+        self.waiting: list[Request] = []
+        """In the order in which they are admitted."""
+        self._running = Running(ledger)
+        self._steps: dict[int, Step] = {}
+        """The step that each busy rank is at."""
+        self._gatherer = Gatherer(cost, ledger)
+        one_step = cost.prefill_seconds(config.max_num_batched_tokens, 0, 1)
+        self._placer = Placer(
+            cost,
+            config.page_size,
+            min(one_step, config.max_step_time or one_step),
+            config.min_tokens_per_rank,
+        )
+
+    @property
+    def running(self) -> Collection[Request]:
+        return self._running.requests.keys()
 
     @property
     def has_requests(self) -> bool:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        insort(self.waiting, request, key=by_order)
 
     def abort(self, request: Request) -> None:
-        """End a request wherever it stands and free its pages."""
+        """End a request wherever it stands; its pages are free at once, or after its step."""
         request.finish("abort")
-        if request in self.running:
-            self._release(request)
-            self.running.remove(request)
-        elif request in self.waiting:
+        if request not in self.running:
             self.waiting.remove(request)
+        elif not request.in_flight:
+            self._running.release(request)
 
-    def schedule(self) -> Step:
-        """Make the next step. Changes holdings and ledger; counters change in `update`."""
-        budgets = [self.config.max_num_batched_tokens] * self.ledger.num_ranks
-        chunks = self._decodes(budgets)
-        chunks += self._prefills(budgets)
-        chunks += self._admissions(budgets)
-        if not chunks and self.running:
+    def schedule(self) -> list[Step]:
+        """Make a step for each idle team with anything to do; its ranks are busy from now on."""
+        config = self.config
+        draft = Draft(
+            self._idle_ranks(),
+            self.ledger.num_ranks,
+            config.max_num_batched_tokens,
+            config.max_step_time,
+            config.page_size,
+            self.cost,
+        )
+        self._decode(draft)
+        self._admit(draft)
+        self._prefill(draft)
+        steps = draft.steps(self._running.teams)
+        for step in steps:
+            self._steps |= dict.fromkeys(step.plans, step)
+        if not self._steps and self.running:
             # Claims keep this from happening as far as is known; if prompts should ever hold each
-            # other's pages all the same, the youngest gives way rather than all stand still.
-            self._preempt(self.running[-1])
+            # other's pages all the same, the last gives way rather than all stand still.
+            self._preempt(self._running.last())
             return self.schedule()
-        return Step(chunks, self._plans(chunks))
+        return steps
 
-    def update(self, step: Step, results: Iterable[RankResult]) -> list[Request]:
-        """Take the step's tokens, free what ended; returns the requests that drew a token."""
-        for chunk in step.chunks:
-            self._computed(chunk.request, chunk.end)
+    def update(self, results: Mapping[int, RankResult]) -> list[Request]:
+        """Take what ranks give back; returns the requests that drew a token.
+
+        A step's tokens count when all of its ranks are done.
+        """
+        drawn: list[Request] = []
+        for rank in sorted(results):
+            step = self._steps[rank]
+            step.results[rank] = results[rank]
+            if len(step.results) == len(step.plans):
+                for done in step.plans:
+                    del self._steps[done]
+                drawn += self._finish(step)
+        return drawn
+
+    def _finish(self, step: Step) -> list[Request]:
+        for gathering in step.gatherings:
+            self._gatherer.settle(gathering)
+        for request, end, _ in step.chunks:
+            request.in_flight = False
+            self._computed(request, end)
         requests = {chunk.request.request_id: chunk.request for chunk in step.chunks}
         drawn = []
-        for sampled in (sampled for result in results for sampled in result.sampled):
+        for sampled in chain.from_iterable(step.results[rank].sampled for rank in step.plans):
             request = requests[sampled.request_id]
             if request.finish_reason is None:
                 request.append(sampled)
                 drawn.append(request)
-        for request in [r for r in drawn if r.finish_reason]:
-            self._release(request)
-            self.running.remove(request)
+        for request in requests.values():
+            if request.finish_reason is not None:
+                self._running.release(request)
+            elif request.doomed:
+                self._preempt(request)
+            elif request.num_pending == 1 and len(request.ranks) > len(request.holdings):
+                self._running.part(request)
         return drawn
+
+    def _idle_ranks(self) -> list[int]:
+        """The ranks of teams that are not at work."""
+        idle: list[int] = []
+        for rank in range(self.ledger.num_ranks):
+            ranks = self._running.teams.of(rank).ranks
+            if rank not in self._steps and (len(ranks) == 1 or ranks.isdisjoint(self._steps)):
+                idle.append(rank)
+        return idle
+
+    def _decode(self, draft: Draft) -> None:
+        """Give every decoding request of an idle team its next token."""
+        teams = {self._running.teams.of(rank): None for rank in sorted(draft.idle)}
+        requests = [request for team in teams for request in team.requests]
+        page_size, prefilling = self.ledger.page_size, self._running.prefilling
+        for request in requests:
+            if request in prefilling or request not in self.running:
+                continue  # or preempted for another one in this very loop
+            rank = self._next_home(request)
+            if rank is None or not draft.idle.issuperset(request.ranks) or not draft.tokens[rank]:
+                continue
+            if request.num_computed % page_size == 0:
+                self._running.hold(request, rank, [Run(request.num_computed, 1)])
+                self._running.claims.renew(request)
+            draft.take_decode(decode_chunk(request, rank, self._strategy))
+            if len(request.holdings) > 1:
+                self._gather(request, draft)
+        for request in requests:
+            if request in prefilling:
+                draft.add_prefilling(request)
+
+    def _next_home(self, request: Request) -> int | None:
+        """The rank with room for a decoding request's next token; None if it has to wait.
+
+        When its home is full the request spreads: first to another of its ranks, then to the
+        emptiest. When all are full the last of all running requests gives up its pages.
+        """
+        home, free = request.home, self.ledger.free
+        assert home is not None
+        if request.num_computed % self.ledger.page_size or free[home]:
+            return home
+        request.to_gather = []
+        while not any(free):
+            victim = self._running.last()
+            if victim.in_flight:
+                victim.doomed = True
+                return None
+            self._preempt(victim)
+            if victim is request:
+                return None
+        return self._running.rank_with_room(request)
+
+    def _gather(self, request: Request, draft: Draft) -> None:
+        home, size = request.home, self.ledger.page_size
+        assert home is not None
+        # Not in the step in which it grows onto another rank, which is slower than others anyhow.
+        settled = request.holdings[home].tokens > size
+        if request.num_computed % size == 0 and settled and not request.to_gather:
+            self._gatherer.begin(request, self._running.claims.unclaimed()[home])
+        if request.to_gather and (gathering := self._gatherer.next_pages(request)):
+            draft.gatherings.append(gathering)
+
+    def _admit(self, draft: Draft) -> None:
+        """Start waiting requests on idle ranks, in order, as far as pages and the step allow."""
+        if not self.waiting or not draft.has_room:
+            return
+        admission = Admission(
+            self._placer,
+            self.ledger,
+            self._running.claims.unclaimed(),
+            self._delays(draft),
+            waiting_tokens=sum(request.num_tokens for request in self.waiting[:LOOKAHEAD]),
+        )
+        num_passed = 0
+        for request in list(self.waiting):
+            full = len(self.running) >= self.config.max_num_seqs or not draft.has_room
+            if full or num_passed == LOOKAHEAD:
+                break
+            if self.config.enable_prefix_caching and request.follows(self.ledger.page_size):
+                continue
+            placement = admission.place(request, self._cached(request))
+            if placement is None:
+                break
+            cached = len(placement.places) * self.ledger.page_size
+            new, priority = request.num_tokens - cached, request.order[0]
+            if draft.idle.isdisjoint(placement.ranks) or not draft.has_room_for(
+                new, cached, placement.ranks, priority
+            ):
+                num_passed += 1
+                continue
+            self._start(request, placement)
+            if draft.idle.issuperset(request.ranks):
+                draft.add_prefilling(request)
+
+    def _start(self, request: Request, placement: Placement) -> None:
+        self.waiting.remove(request)
+        self._running.start(request, placement)
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = request.clock()
+            request.num_cached_tokens = request.num_computed
+
+    def _cached(self, request: Request) -> list[Hit]:
+        """Where its first pages already are; at least one token is left to compute."""
+        if not self.config.enable_prefix_caching:
+            return []
+        page_size = self.ledger.page_size
+        pages = (request.num_tokens - 1) // page_size
+        return self.ledger.cache.find(request.page_hashes(pages, page_size))
+
+    def _delays(self, draft: Draft) -> list[float]:
+        """How long each rank is predicted to be at work before a new prompt's turn comes."""
+        delays = list(draft.decode_seconds)
+        for rank, step in self._steps.items():
+            delays[rank] = step.seconds
+        for request in self._running.prefilling:
+            seconds = self.cost.prefill_seconds(
+                request.num_pending, request.num_computed, len(request.ranks)
+            )
+            for rank in request.ranks:
+                delays[rank] += seconds
+        return delays
+
+    def _prefill(self, draft: Draft) -> None:
+        """Share what is left of the step among prompts, those that need least of it first."""
+        by_need = sorted(
+            draft.prefilling,
+            key=lambda request: (request.order[0], request.num_pending / len(request.ranks)),
+        )
+        for request in by_need:
+            ranks = list(request.ranks)
+            if self._has_room(request, draft):
+                budgets = draft.fair_budgets(request)
+                if runs := cut(request, self.ledger.free, budgets, self.ledger.page_size):
+                    for rank, new in runs.items():
+                        self._running.hold(request, rank, new)
+                    self._running.claims.renew(request)
+                    draft.take_prefill(prefill_chunk(request, runs, self._strategy))
+            draft.remove_prefilling(request, ranks)
+
+    def _has_room(self, request: Request, draft: Draft) -> bool:
+        """Whether a prefilling request has a rank with room; it spreads to another if need be."""
+        free, begun = self.ledger.free, request.num_computed % self.ledger.page_size
+        if not begun and any(free):
+            self._running.rank_with_room(request)
+        return draft.idle.issuperset(request.ranks)
+
+    def _strategy(self, shards: Sequence[Shard]) -> Strategy:
+        forced = self.config.attention_strategy
+        return self.cost.strategy(shards) if forced == "auto" or len(shards) == 1 else forced
 
     def _computed(self, request: Request, end: int) -> None:
         """Count a request's tokens before `end` as computed; its full pages may be shared."""
         size, before = self.ledger.page_size, request.num_computed
         request.num_computed = end
-        if self.config.enable_prefix_caching and request.finish_reason is None:
-            hashes = request.page_hashes(end // size, size)
-            for index in range(before // size, end // size):
+        if request.num_pending <= 1:
+            self._running.prefilling.pop(request, None)
+        filled = range(before // size, end // size)
+        if filled and self.config.enable_prefix_caching and request.finish_reason is None:
+            hashes = request.page_hashes(filled.stop, size)
+            for index in filled:
                 self.ledger.cache.add(hashes[index], request.places[index])
-
-    def _decodes(self, budgets: list[int]) -> list[Chunk]:
-        chunks: list[Chunk] = []
-        for request in [r for r in self.running if r.num_pending == 1]:
-            if request not in self.running:
-                continue  # preempted for an older one in this very loop
-            while not (chunk := self._chunk(request, budgets)) and self._needs_page(request):
-                victim = self.running[-1]
-                self._preempt(victim)
-                if victim is request:
-                    break
-            if chunk:
-                chunks.append(chunk)
-        return chunks
-
-    def _prefills(self, budgets: list[int]) -> list[Chunk]:
-        prefilling = [r for r in self.running if r.num_pending > 1]
-        return [chunk for r in prefilling if (chunk := self._chunk(r, budgets))]
-
-    def _admissions(self, budgets: list[int]) -> list[Chunk]:
-        chunks: list[Chunk] = []
-        unclaimed = self._unclaimed_pages()
-        for request in list(self.waiting):
-            if len(self.running) >= self.config.max_num_seqs or not any(budgets):
-                break
-            if self.config.enable_prefix_caching and request.follows(self.ledger.page_size):
-                continue
-            places = self._cached_places(request)
-            shared = sum(not self.ledger.is_idle(place) for place in places)
-            pages = self.ledger.pages_of(request.expected_tokens) - shared
-            if pages > sum(unclaimed):
-                break
-            chunk = self._admit(request, places, unclaimed, budgets)
-            if chunk is None:
-                break
-            chunks.append(chunk)
-            _claim(request.ranks, pages, unclaimed)
-        return chunks
-
-    def _admit(
-        self,
-        request: Request,
-        places: Sequence[Place],
-        unclaimed: Sequence[int],
-        budgets: list[int],
-    ) -> Chunk | None:
-        """Start a waiting request on its cached pages; None if no rank has a budget for it."""
-        cached = len(places) * self.ledger.page_size
-        request.ranks = self._ranks_for(request.num_tokens - cached, places, unclaimed, budgets)
-        for place in places:
-            self.ledger.share(place)
-        request.adopt(places, self.ledger.page_size)
-        chunk = self._chunk(request, budgets)
-        if chunk is None:
-            self._release(request)
-            return None
-        if request.metrics.first_scheduled_time is None:
-            request.metrics.first_scheduled_time = time.monotonic()
-            request.num_cached_tokens = cached
-        self.waiting.remove(request)
-        self.running.append(request)
-        return chunk
-
-    def _ranks_for(
-        self, tokens: int, places: Sequence[Place], unclaimed: Sequence[int], budgets: Sequence[int]
-    ) -> list[int]:
-        """Ranks with a budget in this step, unless others would hold the request on fewer."""
-        config, holders = self.config, {place.rank for place in places}
-        ready = [pages if budget else 0 for pages, budget in zip(unclaimed, budgets, strict=True)]
-        now, later = (
-            choose_ranks(tokens, free, config.page_size, config.min_tokens_per_rank, holders)
-            for free in (ready, unclaimed)
-        )
-        fits = sum(ready[rank] for rank in now) >= self.ledger.pages_of(tokens)
-        return now if fits and len(now) <= len(later) else later
-
-    def _cached_places(self, request: Request) -> list[Place]:
-        """Where its first pages already are; at least one token is left to compute."""
-        if not self.config.enable_prefix_caching:
-            return []
-        page_size = self.ledger.page_size
-        return self.ledger.cache.find(
-            request.page_hashes((request.num_tokens - 1) // page_size, page_size)
-        )
-
-    def _unclaimed_pages(self) -> list[int]:
-        """Each rank's free pages that no running request is expected to need."""
-        ledger = self.ledger
-        free = [ledger.num_free(rank) for rank in range(ledger.num_ranks)]
-        for request in self.running:
-            pages = ledger.pages_of(request.expected_tokens) - request.num_pages
-            _claim(request.ranks, pages, free)
-        return free
-
-    def _needs_page(self, request: Request) -> bool:
-        """Whether a decoding request waits for a page, rather than for its home's budget."""
-        at_border = request.num_computed % self.ledger.page_size == 0
-        return at_border and not any(
-            self.ledger.num_free(rank) for rank in range(self.ledger.num_ranks)
-        )
-
-    def _chunk(self, request: Request, budgets: list[int]) -> Chunk | None:
-        """Cut the request's next tokens over ranks, taking budget and pages; None if it can't."""
-        free = [self.ledger.num_free(rank) for rank in range(self.ledger.num_ranks)]
-        runs = cut(request, free, budgets, self.ledger.page_size)
-        if not runs:
-            return None
-        cached = {rank: holding.tokens for rank, holding in request.holdings.items()}
-        for rank, taken in runs.items():
-            tokens = sum(run.length for run in taken)
-            budgets[rank] -= tokens
-            self._hold(request, rank, taken)
-        end, request.home = max((taken[-1].end, rank) for rank, taken in runs.items())
-        shards = tuple(
-            Shard(rank, tuple(new), cached.get(rank, 0), tuple(new))
-            for rank in sorted(request.holdings)
-            for new in (runs.get(rank, []),)
-        )
-        return Chunk(request, end, Segment(request.request_id, self._strategy(shards), shards))
-
-    def _hold(self, request: Request, rank: int, runs: Sequence[Run]) -> None:
-        """Give the request the pages for new tokens on one rank."""
-        holding, size = request.holding(rank), self.ledger.page_size
-        begun = [page for run in runs for page in range(-(-run.start // size), -(-run.end // size))]
-        if begun:
-            extents = self.ledger.allocate(rank, len(begun), holding.last_page)
-            holding.add_pages(extents)
-            taken = (page for extent in extents for page in range(extent.start, extent.end))
-            for index, page in zip(begun, taken, strict=True):
-                request.places[index] = Place(rank, page)
-        holding.tokens += sum(run.length for run in runs)
-
-    def _strategy(self, shards: Sequence[Shard]) -> Strategy:
-        forced = self.config.attention_strategy
-        return choose(shards, self.shape) if forced == "auto" or len(shards) == 1 else forced
-
-    def _plans(self, chunks: Sequence[Chunk]) -> dict[int, RankPlan]:
-        token_ids: dict[int, list[int]] = {}
-        parts: dict[int, list[Part]] = {}
-        samplings: dict[int, list[Sampling]] = {}
-        for chunk in chunks:
-            request = chunk.request
-            for shard in chunk.segment.shards:
-                packed = token_ids.setdefault(shard.rank, [])
-                extents = tuple(request.holdings[shard.rank].extents)
-                parts.setdefault(shard.rank, []).append(Part(chunk.segment, extents))
-                for run in shard.queries:
-                    packed += request.tokens_of(run)
-                if chunk.end == request.num_tokens and shard.rank == request.home:
-                    row = request.sampling(len(packed) - 1)
-                    samplings.setdefault(shard.rank, []).append(row)
-        return {
-            rank: RankPlan(
-                tuple(token_ids[rank]), tuple(parts[rank]), tuple(samplings.get(rank, ()))
-            )
-            for rank in sorted(parts)
-        }
 
     def _preempt(self, request: Request) -> None:
         """Take a running request's pages; it is computed again later, its output kept."""
-        self._release(request)
+        self._running.release(request)
         request.metrics.num_preemptions += 1
-        self.running.remove(request)
-        self.waiting.appendleft(request)
-
-    def _release(self, request: Request) -> None:
-        for rank, holding in request.holdings.items():
-            self.ledger.release(rank, holding.extents)
-        request.drop_keys(self.ledger.num_ranks)
-
-
-def _claim(ranks: Sequence[int], pages: int, free: list[int]) -> None:
-    """Take so many pages from `free`, if they are there: from these ranks first, then from all."""
-    for preferred in (ranks, range(len(free))):
-        room = [free[rank] for rank in preferred]
-        shares = fair_shares(min(max(pages, 0), sum(room)), room)
-        for rank, share in zip(preferred, shares, strict=True):
-            free[rank] -= share
-        pages -= sum(shares)
+        insort(self.waiting, request, key=by_order)

@@ -4,8 +4,9 @@ It ends when the engine closes the socket FD or dies, whatever it is doing then,
 engine's temporary FOLDER, since a killed engine can't.
 """
 
+import contextlib
 import os
-import queue
+import select
 import shutil
 import sys
 import threading
@@ -13,41 +14,40 @@ import traceback
 from socket import socket
 
 from longspan.errors import LongspanError
-from longspan.worker.channel import Channel, Done, Execute, Failed, Message, Ready, Start
+from longspan.worker.channel import Channel, Done, Execute, Failed, Ready, Start
 
 
 def main() -> None:
     channel = Channel(socket(fileno=int(sys.argv[1])))
-    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(channel, inbox, sys.argv[2]), daemon=True).start()
+    threading.Thread(target=_end_with_engine, args=(channel, sys.argv[2]), daemon=True).start()
     try:
-        _serve(channel, inbox)
+        _serve(channel)
     except BaseException as error:
         expected = isinstance(error, LongspanError)
         details = "" if expected else traceback.format_exc()
-        channel.send(Failed(type(error).__name__, str(error), details))
+        with contextlib.suppress(OSError):  # the engine may be what has gone
+            channel.send(Failed(type(error).__name__, str(error), details))
         threading.Event().wait()  # the engine stops all ranks together
 
 
-def _listen(channel: Channel, inbox: "queue.SimpleQueue[Message]", folder: str) -> None:
-    """Read messages; end the process with the engine, even in the middle of an exchange."""
-    while True:
-        try:
-            inbox.put(channel.receive())
-        except (EOFError, OSError):
-            shutil.rmtree(folder, ignore_errors=True)
-            os._exit(0)
+def _end_with_engine(channel: Channel, folder: str) -> None:
+    """Sleep until the engine's side is closed; then end the process, even in an exchange."""
+    hang_up = select.poll()
+    hang_up.register(channel, 0)  # messages don't wake it: POLLHUP is always reported
+    hang_up.poll()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)
 
 
-def _serve(channel: Channel, inbox: "queue.SimpleQueue[Message]") -> None:
-    start = inbox.get()
+def _serve(channel: Channel) -> None:
+    start = channel.receive()
     assert isinstance(start, Start)
-    from longspan.worker.launch import launch
+    from longspan.worker.launch import launch, rates_of
 
     runner = launch(start)
-    channel.send(Ready(runner.pool.num_pages))
+    channel.send(Ready(runner.pool.num_pages, rates_of(runner.device)))
     while True:
-        message = inbox.get()
+        message = channel.receive()
         assert isinstance(message, Execute)
         channel.send(Done(runner.execute(message.plan)))
 

@@ -5,6 +5,7 @@ import socket
 import msgspec
 
 from longspan.config import EngineConfig
+from longspan.cost.model import Rates
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult
 
@@ -19,9 +20,10 @@ class Start(msgspec.Struct, tag=True, frozen=True):
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """Worker to engine, once: the model is loaded and the pool has so many pages."""
+    """Worker to engine, once: the model is loaded, and this is what the rank has and does."""
 
     num_pages: int
+    rates: Rates
 
 
 class Execute(msgspec.Struct, tag=True, frozen=True):

@@ -67,3 +67,23 @@ class KVPool:
         if isinstance(places, Tensor):
             return [self.data[layer].index_select(2, places)]
         return [self.data[layer, :, :, place] for place in places]
+
+    def read_pages(self, extents: Sequence[Extent]) -> Tensor:
+        """A contiguous copy of whole pages in all layers, in order: [L, 2, G, S, D]."""
+        return torch.cat([self.data[:, :, :, place] for place in self._whole(extents)], dim=3)
+
+    def empty_pages(self, extents: Sequence[Extent]) -> Tensor:
+        """Room for what `read_pages` gives for as many pages, [L, 2, G, S, D]."""
+        num_layers, two, num_kv_heads, _, head_dim = self.data.shape
+        tokens = sum(extent.length for extent in extents) * self.page_size
+        return self.data.new_empty((num_layers, two, num_kv_heads, tokens, head_dim))
+
+    def write_pages(self, extents: Sequence[Extent], pages: Tensor) -> None:
+        """Put `pages` [L, 2, G, S, D] into whole pages, in all layers."""
+        places = self._whole(extents)
+        lengths = [place.stop - place.start for place in places]
+        for place, part in zip(places, pages.split(lengths, dim=3), strict=True):
+            self.data[:, :, :, place] = part
+
+    def _whole(self, extents: Sequence[Extent]) -> list[slice]:
+        return [slice(e.start * self.page_size, e.end * self.page_size) for e in extents]

@@ -5,6 +5,7 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from longspan.config import EngineConfig
+from longspan.cost.model import CPU_THREAD, CUDA, Rates
 from longspan.errors import ConfigError
 from longspan.parallel.transport import ThreadTransport, TorchTransport, Transport
 from longspan.worker.channel import Start
@@ -35,6 +36,11 @@ def device_of(config: EngineConfig, rank: int) -> torch.device:
             f"{torch.cuda.device_count()}; lower it or set device='cpu'"
         )
     return torch.device("cuda", rank)
+
+
+def rates_of(device: torch.device) -> Rates:
+    """What this process's device is taken to do: figures for its kind, not yet measured ones."""
+    return CUDA if device.type == "cuda" else CPU_THREAD.of_threads(torch.get_num_threads())
 
 
 def _connect(start: Start, device: torch.device) -> Transport:

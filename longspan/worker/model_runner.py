@@ -15,6 +15,7 @@ from longspan.parallel.transport import Transport
 from longspan.plan import RankPlan, RankResult
 from longspan.worker import hf_attention
 from longspan.worker.kv_pool import KVPool
+from longspan.worker.moves import start_moves
 from longspan.worker.probe import probe
 from longspan.worker.sampler import sample
 from longspan.worker.step import Step
@@ -58,15 +59,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: RankPlan) -> RankResult:
-        """Compute this rank's part of a step and draw the tokens that it is to draw."""
+        """Compute this rank's part of a step and draw the tokens that it is to draw.
+
+        The step's moves travel meanwhile; their pages are in the pool when this returns.
+        """
+        wait_for_moves = start_moves(plan.moves, self.pool, self.transport)
         step = Step(plan, self.pool, self.transport, self.kernel, self.scale)
         if len(step.token_ids):
             rows = [sampling.row for sampling in plan.samplings]
             logits = self._forward(step, torch.tensor(rows, dtype=torch.int64, device=self.device))
             sampled = tuple(sample(logits, plan.samplings))
         else:
-            self._serve(step)
+            if plan.parts:
+                self._serve(step)
             sampled = ()
+        wait_for_moves()
         return RankResult(sampled, self.transport.take_traffic())
 
     def _forward(self, step: Step, rows: Tensor) -> Tensor:

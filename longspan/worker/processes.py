@@ -20,7 +20,7 @@ from longspan.config import EngineConfig
 from longspan.errors import EngineStoppedError, LongspanError, RankFailedError
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult
-from longspan.worker.channel import Channel, Done, Execute, Failed, Message, Ready, Start
+from longspan.worker.channel import Channel, Done, Execute, Failed, Ready, Start
 
 GRACE_SECONDS = 3.0
 """How long ranks have to end by themselves before they are killed."""
@@ -37,34 +37,61 @@ class ProcessExecutor:
         self._folder = Path(tempfile.mkdtemp(prefix="longspan-"))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
-        self.close = weakref.finalize(self, _stop, self._processes, self._channels, self._folder)
+        self._selector = selectors.DefaultSelector()
+        self._at_work: set[int] = set()
+        self.close = weakref.finalize(
+            self, _stop, self._processes, self._channels, self._selector, self._folder
+        )
         try:
             for rank in range(config.num_ranks):
                 self._spawn(rank, config)
             for rank, channel in enumerate(self._channels):
                 rendezvous = str(self._folder / "rendezvous")
                 channel.send(Start(config, spec, rank, rendezvous))
-            ready = self._collect(set(range(config.num_ranks)), Ready)
+            ready: dict[int, Ready] = {}
+            while len(ready) < config.num_ranks:
+                ready |= self._receive(Ready)
         except BaseException:
             self.close()
             raise
         self.num_pages = tuple(ready[rank].num_pages for rank in range(config.num_ranks))
+        self.rates = ready[0].rates
 
     @property
     def pids(self) -> list[int]:
         return [process.pid for process in self._processes]
 
-    def execute(self, plans: Mapping[int, RankPlan]) -> dict[int, RankResult]:
+    def start(self, plans: Mapping[int, RankPlan]) -> None:
+        """Begin a step on ranks that are not at work. A dead rank is noticed by `wait`.
+
+        Raises:
+            EngineStoppedError: the fleet has been stopped before.
+        """
         if not self.close.alive:
             raise EngineStoppedError("the engine has been stopped; make a new one")
         try:
             for rank, plan in plans.items():
-                with contextlib.suppress(OSError):  # a dead rank is noticed in _collect
+                self._at_work.add(rank)
+                with contextlib.suppress(OSError):
                     self._channels[rank].send(Execute(plan))
-            done = self._collect(set(plans), Done)
+        except BaseException:  # Ctrl-C: half a message may be sent
+            self.close()
+            raise
+
+    def wait(self, timeout: float | None = None) -> dict[int, RankResult]:
+        """Results of the ranks that are done, at least of one, or none after `timeout` seconds.
+
+        Raises:
+            RankFailedError: a rank died or raised, at work or idle; the fleet has been stopped.
+        """
+        if not self.close.alive:
+            return {}
+        try:
+            done = self._receive(Done, timeout if self._at_work else 0)
         except BaseException:  # also Ctrl-C: ranks in the middle of a step can't be used again
             self.close()
             raise
+        self._at_work -= done.keys()
         return {rank: message.result for rank, message in done.items()}
 
     def _spawn(self, rank: int, config: EngineConfig) -> None:
@@ -90,31 +117,24 @@ class ProcessExecutor:
                 )
             )
         self._channels.append(Channel(ours))
+        self._selector.register(ours, selectors.EVENT_READ, rank)
 
     _M = TypeVar("_M", Ready, Done)
 
-    def _collect(self, ranks: set[int], kind: type[_M]) -> dict[int, _M]:
-        """One message of each of `ranks`, while watching all of them for death and failure."""
+    def _receive(self, kind: type[_M], timeout: float | None = None) -> dict[int, _M]:
+        """A message of each rank that has sent one; waits for the first of any."""
         received: dict[int, ProcessExecutor._M] = {}
-        with selectors.DefaultSelector() as selector:
-            for rank, channel in enumerate(self._channels):
-                selector.register(channel, selectors.EVENT_READ, rank)
-            while ranks - received.keys():
-                for key, _ in selector.select():
-                    rank = key.data
-                    message = self._receive(rank)
-                    assert isinstance(message, kind), message
-                    received[rank] = message
+        for key, _ in self._selector.select(timeout):
+            rank: int = key.data
+            try:
+                message = self._channels[rank].receive()
+            except EOFError:
+                raise self._death(rank) from None
+            if isinstance(message, Failed):
+                raise self._failure(rank, message)
+            assert isinstance(message, kind), message
+            received[rank] = message
         return received
-
-    def _receive(self, rank: int) -> Message:
-        try:
-            message = self._channels[rank].receive()
-        except EOFError:
-            raise self._death(rank) from None
-        if isinstance(message, Failed):
-            raise self._failure(rank, message)
-        return message
 
     def _failure(self, rank: int, failed: Failed) -> LongspanError:
         kind = getattr(errors, failed.kind, None)
@@ -147,7 +167,13 @@ class ProcessExecutor:
         return self._folder / f"rank{rank}.log"
 
 
-def _stop(processes: list[subprocess.Popen[bytes]], channels: list[Channel], folder: Path) -> None:
+def _stop(
+    processes: list[subprocess.Popen[bytes]],
+    channels: list[Channel],
+    selector: selectors.BaseSelector,
+    folder: Path,
+) -> None:
+    selector.close()
     for channel in channels:
         channel.close()
     deadline = time.monotonic() + GRACE_SECONDS

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from longspan.cost.strategy import KVShape, choose, exchanged_bytes
+from longspan.cost.strategy import KVShape, choose, exchanged_bytes, num_calls, sent_bytes
 from longspan.models import ModelSpec
 from longspan.plan import Run, Shard, Strategy
 
@@ -106,6 +106,40 @@ def test_all_other_strategies_send_between_each_rank_that_asks_and_each_that_hol
 
 
 @given(uneven(), shapes)
+def test_what_each_rank_sends_is_what_all_send_together(
+    shards: list[Shard], shape: KVShape
+) -> None:
+    for strategy in get_args(Strategy):
+        sent = sent_bytes(strategy, shards, shape)
+        assert sum(sent) == exchanged_bytes(strategy, shards, shape)
+
+
+def test_a_rank_sends_what_passes_through_it() -> None:
+    """Ranks 0, 1, 2 hold 3, 7 and 2 tokens; ranks 0 and 1 have 3 and 2 queries."""
+    first, second = (Run(0, 3),), (Run(3, 2),)
+    shards = [Shard(0, first, 0, first), Shard(1, second, 5, second), Shard(2, (), 2, ())]
+    key, asked, answered = LLAMA_8B.key_bytes, LLAMA_8B.asked_bytes, LLAMA_8B.answered_bytes
+    expected = {
+        "local": [0, 0, 0],
+        "pass_kv": [(3 + 2) * key, 7 * key, (2 + 7) * key],
+        "gather_kv": [3 * key, 7 * key, 2 * 2 * key],
+        "pass_q": [
+            3 * 2 * asked + 2 * answered,
+            2 * 2 * asked + 3 * answered,
+            (3 + 2) * answered,
+        ],
+    }
+    for strategy in get_args(Strategy):
+        assert sent_bytes(strategy, shards, LLAMA_8B) == expected[strategy]
+
+
+def test_exchanges_one_after_the_other() -> None:
+    calls = {strategy: num_calls(strategy, 5) for strategy in get_args(Strategy)}
+    assert calls == {"local": 0, "pass_kv": 4, "gather_kv": 1, "pass_q": 2}
+    assert all(num_calls(strategy, 1) == 0 for strategy in get_args(Strategy))
+
+
+@given(uneven(), shapes)
 def test_the_chosen_strategy_sends_no_more_than_the_other(
     shards: list[Shard], shape: KVShape
 ) -> None:
@@ -169,9 +203,11 @@ def test_a_shape_is_read_from_a_model() -> None:
         max_model_len=99,
         eos_token_ids=(),
         dtype="bfloat16",
+        num_active_parameters=1000,
     )
     shape = KVShape.of(spec)
     assert shape == KVShape(3, 8, 2, 16, 2)
     assert shape.key_bytes == 2 * 2 * 16 * 2
     assert shape.token_bytes == 3 * shape.key_bytes
     assert shape.query_bytes == 8 * (16 * 2 + 16 * 4 + 4)
+    assert shape.asked_bytes == 8 * 16 * 2

@@ -7,7 +7,7 @@ key that is missing, doubled, stale or out of place changes all tokens after it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 from zlib import crc32
@@ -15,6 +15,7 @@ from zlib import crc32
 import msgspec
 
 from longspan.config import EngineConfig
+from longspan.cost.model import CPU_THREAD, Rates
 from longspan.engine.engine import Engine
 from longspan.models import ModelSpec
 from longspan.plan import Extent, RankPlan, RankResult, Sampled, Sampling
@@ -22,6 +23,19 @@ from longspan.plan import Extent, RankPlan, RankResult, Sampled, Sampling
 VOCAB_SIZE = 64
 
 Plans = Mapping[int, RankPlan]
+
+
+Order = Callable[[Sequence[int]], Sequence[int]]
+"""Which of the ranks at work, in the order in which they began, are done at the next look."""
+
+
+@dataclass
+class _Work:
+    """A step under way, and those of its ranks that are not done."""
+
+    plans: dict[int, RankPlan]
+    busy: set[int]
+    results: dict[int, RankResult] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,18 +50,48 @@ class _Token:
 
 
 class SimulatedExecutor:
-    """Runs plans in no time. `before_step` sees the plans of each step before they are run."""
+    """Runs plans in no time, unless `order` lets ranks take theirs.
 
-    def __init__(self, num_pages: Sequence[int], page_size: int) -> None:
+    `before_step` sees the plans of each step before they are run, `after_step` when their last
+    rank is done. A step is run as late as can be, when its first rank is done, and its moves
+    arrive when its last is: whoever takes pages from it too early is found out.
+    """
+
+    def __init__(
+        self, num_pages: Sequence[int], page_size: int, order: Order = lambda ranks: ranks
+    ) -> None:
         self.num_pages = tuple(num_pages)
         self.page_size = page_size
+        self.rates = CPU_THREAD
+        self.order = order
         self.before_step: Callable[[Plans], None] = lambda plans: None
+        self.after_step: Callable[[Plans], None] = lambda plans: None
+        self._at_work: dict[int, _Work] = {}
         self._pools: list[list[list[int | None]]] = [
             [[None] * (pages * page_size) for _layer in range(2)] for pages in num_pages
         ]
 
-    def execute(self, plans: Plans) -> dict[int, RankResult]:
+    def start(self, plans: Plans) -> None:
+        assert plans
+        assert not plans.keys() & self._at_work.keys(), "a rank is told to start before it is done"
         self.before_step(plans)
+        work = _Work(dict(plans), set(plans))
+        self._at_work |= dict.fromkeys(plans, work)
+
+    def wait(self, timeout: float | None = None) -> dict[int, RankResult]:
+        results = {}
+        for rank in self.order(list(self._at_work)):
+            work = self._at_work.pop(rank)
+            if not work.results:
+                work.results = self._execute(work.plans)
+            work.busy.remove(rank)
+            if not work.busy:
+                self._move(work.plans)
+                self.after_step(work.plans)
+            results[rank] = work.results[rank]
+        return results
+
+    def _execute(self, plans: Plans) -> dict[int, RankResult]:
         cached: dict[str, list[int]] = {}
         new: dict[str, list[_Token]] = {}
         for rank, plan in plans.items():
@@ -59,6 +103,18 @@ class SimulatedExecutor:
             rank: RankResult(tuple(draw(states[rank, s.row], s) for s in plan.samplings), {})
             for rank, plan in plans.items()
         }
+
+    def _move(self, plans: Plans) -> None:
+        for rank, plan in plans.items():
+            for move in plan.moves:
+                assert rank in (move.source, move.target)
+                assert move in plans[move.source].moves, "the source has to know"
+                assert move in plans[move.target].moves, "the target has to know"
+                if rank == move.source:
+                    slots = zip(self._slots(move.sources), self._slots(move.targets), strict=True)
+                    for source, target in slots:
+                        for layer, pool in enumerate(self._pools[move.source]):
+                            self._pools[move.target][layer][target] = pool[source]
 
     def close(self) -> None:
         pass
@@ -122,6 +178,8 @@ def simulated_engine(
     max_model_len: int = 10**6,
     tokenizer: Any = None,
     enable_prefix_caching: bool = False,
+    order: Order = lambda ranks: ranks,
+    rates: Rates = CPU_THREAD,
     **options: Any,
 ) -> tuple[Engine, SimulatedExecutor]:
     """An engine over simulated ranks with so many pages each; `options` are EngineConfig's."""
@@ -143,6 +201,8 @@ def simulated_engine(
         max_model_len=max_model_len,
         eos_token_ids=(0,),
         dtype="bfloat16",
+        num_active_parameters=1000,
     )
-    executor = SimulatedExecutor(num_pages, page_size)
+    executor = SimulatedExecutor(num_pages, page_size, order)
+    executor.rates = rates
     return Engine(config, spec, executor, tokenizer), executor

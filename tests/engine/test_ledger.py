@@ -83,7 +83,7 @@ class Owners:
 
     def check_counts(self) -> None:
         for rank, free in enumerate(self.free):
-            assert self.ledger.num_free(rank) == len(free)
+            assert self.ledger.free[rank] == len(free)
             assert self.ledger.num_used(rank) == self.ledger.num_pages[rank] - len(free)
 
     def check_extents(self) -> None:
@@ -107,7 +107,7 @@ def test_pages_have_one_owner_and_none_is_lost(
     while owners.held:
         owners.release(0)
     for rank, size in enumerate(num_pages):
-        assert owners.ledger.num_free(rank) == size
+        assert owners.ledger.free[rank] == size
         if size:
             assert owners.ledger.allocate(rank, size) == [Extent(0, size)]
 
@@ -153,7 +153,7 @@ def test_an_extent_goes_on_past_a_smaller_hole_and_then_where_it_is_longest() ->
     ledger.allocate(0, 20)
     ledger.release(0, [Extent(3, 2), Extent(8, 3), Extent(12, 6)])
     assert ledger.allocate(0, 10, after=2) == [Extent(3, 2), Extent(12, 6), Extent(8, 2)]
-    assert ledger.num_free(0) == 1
+    assert ledger.free[0] == 1
 
 
 def test_ranks_have_pools_of_their_own() -> None:
@@ -161,7 +161,7 @@ def test_ranks_have_pools_of_their_own() -> None:
     assert ledger.num_ranks == 3
     assert ledger.num_tokens == 9 * PAGE_SIZE
     ledger.allocate(2, 7)
-    assert [ledger.num_free(rank) for rank in range(3)] == [2, 0, 0]
+    assert [ledger.free[rank] for rank in range(3)] == [2, 0, 0]
     assert [ledger.num_used(rank) for rank in range(3)] == [0, 0, 7]
 
 

@@ -1,326 +1,275 @@
-"""Every token goes to one rank, in order, with the rest of its page, where there is room for it."""
+"""A request gets few ranks: those that know its beginning, have its pages, and are free soon."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 
+from longspan.engine.admission import Admission
 from longspan.engine.detokenizer import Detokenizer
-from longspan.engine.placement import choose_ranks, cut
+from longspan.engine.ledger import Ledger
+from longspan.engine.placement import EFFICIENCY, Fleet, Placement, Placer
+from longspan.engine.prefix_cache import Hit, Place
 from longspan.engine.request import Request
-from longspan.plan import Run
 from longspan.sampling_params import SamplingParams
 
-often = settings(max_examples=150)
+PAGE = 4
+AMPLE = 1000
 
 
-def a_request(tokens: int, ranks: Sequence[int] = (0,)) -> Request:
-    request = Request(
-        "r",
-        [0] * tokens,
-        SamplingParams(),
-        seed=0,
-        end_ids=frozenset(),
-        max_tokens=1,
-        detokenizer=Detokenizer(None),
-    )
-    request.ranks = list(ranks)
-    return request
+class Cost:
+    """A token takes a second; so many ranks are so many times as fast."""
+
+    def __init__(self, speed: Callable[[int], float] = float) -> None:
+        self._speed = speed
+
+    def prefill_seconds(self, new: int, cached: int, degree: int) -> float:
+        return new / self._speed(degree)
 
 
-def positions(runs: Sequence[Run]) -> list[int]:
-    return [position for run in runs for position in range(run.start, run.end)]
+def place(
+    tokens: int,
+    *,
+    free: Sequence[int] = (AMPLE,) * 8,
+    delays: Sequence[float] | None = None,
+    hits: Sequence[Hit] = (),
+    speed: Callable[[int], float] = float,
+    one_step: float = 10.0,
+    max_degree: int = 99,
+    min_tokens_per_rank: int | None = None,
+) -> Placement | None:
+    placer = Placer(Cost(speed), PAGE, one_step, min_tokens_per_rank)
+    return placer.place(tokens, hits, Fleet(free, delays or [0.0] * len(free)), max_degree)
 
 
-@dataclass(frozen=True)
-class Cut:
-    """One call of `cut`: what it was told and what it answered."""
-
-    start: int
-    pending: int
-    page_size: int
-    ranks: list[int]
-    home: int | None
-    free: list[int]
-    budgets: list[int]
-    runs: dict[int, list[Run]]
-
-    @property
-    def tokens(self) -> dict[int, int]:
-        """How many tokens each rank computes."""
-        return {rank: len(positions(runs)) for rank, runs in self.runs.items()}
-
-    @property
-    def begun(self) -> Counter[int]:
-        """How many pages begin on each rank."""
-        firsts = ((rank, p) for rank, runs in self.runs.items() for p in positions(runs))
-        return Counter(rank for rank, p in firsts if p % self.page_size == 0)
-
-    @property
-    def rest(self) -> int:
-        """How many tokens go on the page that had been begun, if the budget lets them."""
-        return min(-self.start % self.page_size, self.pending)
-
-    @property
-    def wanted(self) -> int:
-        """How many pages the pending tokens begin."""
-        return -(-(self.pending - self.rest) // self.page_size)
-
-    def capacity(self, rank: int) -> int:
-        """How many whole pages a rank can take beside the rest of the one that was begun."""
-        budget = self.budgets[rank] - (self.rest if rank == self.home else 0)
-        return min(self.free[rank], max(budget, 0) // self.page_size)
+def ranks(tokens: int, **options: object) -> list[int]:
+    placement = place(tokens, **options)
+    assert placement is not None
+    return placement.ranks
 
 
-@dataclass
-class Fleet:
-    """A request that goes on cut by cut, and the pages that are left."""
-
-    request: Request
-    free: list[int]
-    page_size: int
-    cuts: list[Cut] = field(default_factory=list)
-
-    def cut(self, budgets: Sequence[int]) -> Cut:
-        request = self.request
-        runs = cut(request, self.free, budgets, self.page_size)
-        made = Cut(
-            request.num_computed,
-            request.num_pending,
-            self.page_size,
-            request.ranks,
-            request.home,
-            list(self.free),
-            list(budgets),
-            runs,
-        )
-        self.cuts.append(made)
-        for rank, tokens in made.tokens.items():
-            request.holding(rank).tokens += tokens
-            self.free[rank] -= made.begun[rank]
-        if runs:
-            request.home = max(runs, key=lambda rank: runs[rank][-1].end)
-            request.num_computed = max(taken[-1].end for taken in runs.values())
-        return made
+def known_on(rank: int, pages: int) -> list[Hit]:
+    return [{rank: 100 + index} for index in range(pages)]
 
 
 @st.composite
-def courses(draw: st.DrawFn) -> Fleet:
-    """A request cut under one set of budgets after another, then decoding if it gets so far."""
-    page_size = draw(st.integers(1, 8))
-    free = draw(st.lists(st.integers(0, 12), min_size=1, max_size=5))
-    ranks = draw(st.permutations(range(len(free))))[: draw(st.integers(1, len(free)))]
-    budget = st.integers(0, 4 * page_size + 1) | st.integers(0, 3) | st.just(1000)
-    budgets = st.lists(budget, min_size=len(free), max_size=len(free))
-    tokens = draw(st.integers(1, sum(free) * page_size + 5))
-    fleet = Fleet(a_request(tokens, ranks), free, page_size)
-    for step_budgets in draw(st.lists(budgets, min_size=1, max_size=12)):
-        if fleet.request.num_pending == 0:
-            fleet.request.output_token_ids.append(0)
-        fleet.cut(step_budgets)
-    return fleet
+def cases(draw: st.DrawFn) -> dict[str, object]:
+    free = draw(st.lists(st.integers(0, 12), min_size=1, max_size=6))
+    number = st.integers(0, len(free) - 1)
+    tokens = draw(st.integers(1, 60))
+    hit = st.dictionaries(number, st.integers(0, 99), min_size=1)
+    return {
+        "tokens": tokens,
+        "free": free,
+        "delays": [draw(st.sampled_from((0.0, 1.0, 5.0, 100.0))) for _ in free],
+        "hits": draw(st.lists(hit, max_size=(tokens - 1) // PAGE)),
+        "speed": draw(st.sampled_from((float, lambda degree: 1.0, lambda degree: degree**0.5))),
+        "one_step": draw(st.sampled_from((0.0, 10.0))),
+        "max_degree": draw(st.integers(1, 6)),
+        "min_tokens_per_rank": draw(st.sampled_from((None, 1, 9, 30))),
+    }
 
 
-def cuts_with_room(fleet: Fleet) -> Iterator[Cut]:
-    """Prefill cuts in which each of the request's ranks can take an even share and a page more."""
-    for each in fleet.cuts:
-        rest_fits = each.home is None or each.budgets[each.home] >= each.rest
-        even = each.wanted // len(each.ranks) + 1
-        roomy = all(each.capacity(rank) >= even for rank in each.ranks)
-        if each.pending > 1 and rest_fits and roomy:
-            yield each
+@given(cases())
+def test_ranks_differ_and_have_the_pages_together_or_nobody_has(case: dict[str, object]) -> None:
+    placement = place(**case)
+    free, hits, tokens = case["free"], case["hits"], case["tokens"]
+    pages = -(-tokens // PAGE)
+    assert (placement is None) == (sum(free) < pages - len(hits))
+    if placement is not None:
+        assert len(set(placement.ranks)) == placement.degree >= 1
+        assert sum(free[rank] for rank in placement.ranks) >= pages - len(placement.places)
 
 
-@given(courses())
-@often
-def test_each_cut_takes_the_next_positions_each_once(fleet: Fleet) -> None:
-    for each in fleet.cuts:
-        taken = sorted(p for runs in each.runs.values() for p in positions(runs))
-        assert taken == list(range(each.start, each.start + len(taken)))
-        assert len(taken) <= each.pending
-
-
-@given(courses())
-@often
-def test_the_runs_of_a_rank_ascend_and_lie_apart(fleet: Fleet) -> None:
-    for each in fleet.cuts:
-        for runs in each.runs.values():
-            assert runs, "a rank with nothing to do is left out"
-            assert all(run.length > 0 for run in runs)
-            assert all(first.end < second.start for first, second in pairwise(runs))
-
-
-@given(courses())
-@often
-def test_budgets_and_free_pages_are_never_exceeded(fleet: Fleet) -> None:
-    for each in fleet.cuts:
-        for rank, tokens in each.tokens.items():
-            assert tokens <= each.budgets[rank]
-            assert each.begun[rank] <= each.free[rank]
-
-
-@given(courses())
-@often
-def test_all_tokens_of_a_page_are_on_one_rank(fleet: Fleet) -> None:
-    rank_of_page: dict[int, int] = {}
-    for each in fleet.cuts:
-        for rank, runs in each.runs.items():
-            for position in positions(runs):
-                page = position // fleet.page_size
-                assert rank_of_page.setdefault(page, rank) == rank
-
-
-@given(courses())
-@often
-def test_only_the_last_page_of_the_request_is_not_full(fleet: Fleet) -> None:
-    """So a rank's tokens lie in its pages without holes, whatever was cut before."""
-    request = fleet.request
-    for rank, holding in request.holdings.items():
-        partial = request.num_computed % fleet.page_size if rank == request.home else 0
-        assert holding.tokens % fleet.page_size == partial
-
-
-@given(courses())
-@often
-def test_there_is_progress_while_a_rank_that_may_take_tokens_has_a_budget(fleet: Fleet) -> None:
-    """Those are the rank of a page begun, the home, own ranks with a page, then all with one."""
-    for each in fleet.cuts:
-        own = [rank for rank in each.ranks if each.free[rank]]
-        if each.start % fleet.page_size or (
-            each.pending == 1 and each.home is not None and each.free[each.home]
-        ):
-            assert each.home is not None
-            may = [each.home]
-        else:
-            may = own or [rank for rank, free in enumerate(each.free) if free]
-        can_go_on = any(each.budgets[rank] for rank in may)
-        assert bool(each.runs) == can_go_on
-
-
-@given(courses())
-@often
-def test_pages_are_balanced_within_one_where_nothing_binds(fleet: Fleet) -> None:
-    for each in cuts_with_room(fleet):
-        begun = [each.begun[rank] for rank in each.ranks]
-        assert sum(begun) == each.wanted, "everything is cut"
-        assert max(begun) - min(begun) <= 1
-        assert set(each.runs) <= {*each.ranks, each.home}, "and on the request's own ranks"
-
-
-@given(courses())
-@often
-def test_the_odd_pages_go_to_the_ranks_with_fewest_keys(fleet: Fleet) -> None:
-    """So that chunks of any size leave the ranks balanced within one page, too."""
-    held: Counter[int] = Counter()
-    rooms = {id(each) for each in cuts_with_room(fleet)}
-    for each in fleet.cuts:
-        if id(each) in rooms:
-            odd = [rank for rank in each.ranks if each.begun[rank] > each.wanted // len(each.ranks)]
-            even = [rank for rank in each.ranks if rank not in odd]
-            if odd and even:
-                assert max(held[rank] for rank in odd) <= min(held[rank] for rank in even)
-        held.update(each.tokens)
-
-
-@given(courses())
-@often
-def test_a_cut_takes_all_whole_pages_that_its_own_ranks_can(fleet: Fleet) -> None:
-    for each in fleet.cuts:
-        rest_fits = each.home is None or each.budgets[each.home] >= each.rest
-        capacity = sum(each.capacity(rank) for rank in each.ranks)
-        if rest_fits and each.wanted > 1 and capacity:
-            assert sum(each.begun.values()) == min(each.wanted, capacity)
-
-
-@given(courses())
-@often
-def test_a_decode_token_stays_at_home_while_it_has_a_page_and_a_budget(fleet: Fleet) -> None:
-    for each in fleet.cuts:
-        if each.pending == 1 and each.home is not None:
-            has_page = each.start % fleet.page_size or each.free[each.home]
-            if has_page and each.budgets[each.home]:
-                assert each.runs == {each.home: [Run(each.start, 1)]}
-
-
-def test_a_decode_token_moves_to_another_rank_when_the_home_is_full() -> None:
-    fleet = Fleet(a_request(8, ranks=[0]), free=[2, 1, 3], page_size=4)
-    assert fleet.cut([100, 100, 100]).runs == {0: [Run(0, 8)]}
-    for position, home in [*((p, 2) for p in range(8, 20)), *((p, 1) for p in range(20, 24))]:
-        fleet.request.output_token_ids.append(0)
-        assert fleet.cut([1, 1, 1]).runs == {home: [Run(position, 1)]}
-    fleet.request.output_token_ids.append(0)
-    assert fleet.cut([1, 1, 1]).runs == {}, "all ranks are full"
-
-
-def test_a_decode_token_that_begins_a_page_needs_one_token_of_budget() -> None:
-    fleet = Fleet(a_request(16, ranks=[0, 1]), free=[9, 9], page_size=4)
-    fleet.cut([100, 100])
-    fleet.request.output_token_ids.append(0)
-    assert fleet.request.home == 0
-    assert fleet.cut([1, 100]).runs == {0: [Run(16, 1)]}
-
-
-def test_a_prompt_goes_zigzag_over_its_ranks() -> None:
-    fleet = Fleet(a_request(15, ranks=[0, 2]), free=[9, 9, 9], page_size=2)
-    assert fleet.cut([100, 100, 100]).runs == {0: [Run(0, 4), Run(12, 3)], 2: [Run(4, 8)]}
-
-
-def test_a_page_that_was_begun_is_filled_on_its_rank_before_others_are_begun() -> None:
-    fleet = Fleet(a_request(30, ranks=[0, 1]), free=[9, 9], page_size=8)
-    assert fleet.cut([5, 5]).runs == {0: [Run(0, 5)]}, "less than a page of budget: one rank"
-    assert fleet.cut([2, 100]).runs == {0: [Run(5, 2)]}, "page 0 is full only after position 7"
-    assert fleet.cut([0, 100]).runs == {}, "nor can another rank go on meanwhile"
-    last = fleet.cut([9, 100]).runs
-    assert last == {0: [Run(7, 1), Run(16, 8)], 1: [Run(8, 8), Run(24, 6)]}
-
-
-def test_a_budget_that_is_no_multiple_of_the_page_is_used_up_to_whole_pages() -> None:
-    fleet = Fleet(a_request(100, ranks=[0, 1]), free=[99, 99], page_size=4)
-    assert fleet.cut([11, 6]).tokens == {0: 8, 1: 4}
-
-
-def test_a_prompt_spreads_to_other_ranks_when_its_own_are_full() -> None:
-    fleet = Fleet(a_request(24, ranks=[0]), free=[1, 4, 2], page_size=4)
-    assert fleet.cut([100, 100, 100]).runs == {0: [Run(0, 4)]}
-    assert fleet.cut([100, 100, 100]).tokens == {1: 12, 2: 8}
-
-
-free_pages = st.lists(st.integers(0, 60), min_size=1, max_size=6)
-
-
-@given(st.integers(1, 1000), free_pages, st.integers(1, 16), st.integers(1, 600))
-@often
-def test_a_request_gets_the_fewest_ranks_that_are_enough(
-    tokens: int, free: list[int], page_size: int, min_tokens_per_rank: int
+@given(cases())
+def test_the_first_pages_are_where_the_cache_says_on_ranks_of_the_request(
+    case: dict[str, object],
 ) -> None:
-    chosen = choose_ranks(tokens, free, page_size, min_tokens_per_rank)
-    emptiest = sorted(free, reverse=True)
-    enough = [
-        degree
-        for degree in range(1, len(free) + 1)
-        if degree >= min(tokens // min_tokens_per_rank, len(free))
-        and sum(emptiest[:degree]) * page_size >= tokens
-    ]
-    assert len(chosen) == (enough[0] if enough else len(free))
+    placement = place(**case)
+    if placement is not None:
+        for (rank, page), hit in zip(placement.places, case["hits"], strict=False):
+            assert hit[rank] == page
+            assert rank in placement.ranks
 
 
-@given(st.integers(1, 1000), free_pages, st.integers(1, 16), st.integers(1, 600))
-@often
-def test_the_chosen_ranks_are_the_emptiest_the_emptiest_first(
-    tokens: int, free: list[int], page_size: int, min_tokens_per_rank: int
+@given(cases())
+def test_the_time_is_that_of_the_last_rank_and_the_tokens_that_nobody_knows(
+    case: dict[str, object],
 ) -> None:
-    chosen = choose_ranks(tokens, free, page_size, min_tokens_per_rank)
-    assert len(set(chosen)) == len(chosen)
-    rooms = [free[rank] for rank in chosen]
-    assert rooms == sorted(free, reverse=True)[: len(chosen)]
+    placement = place(**case)
+    if placement is not None:
+        new = case["tokens"] - len(placement.places) * PAGE
+        delay = max(case["delays"][rank] for rank in placement.ranks)
+        assert placement.seconds == delay + new / case["speed"](placement.degree)
 
 
-def test_examples_of_chosen_ranks() -> None:
-    assert choose_ranks(100, [5, 9, 9], page_size=16, min_tokens_per_rank=1024) == [1]
-    assert choose_ranks(145, [5, 9, 9], page_size=16, min_tokens_per_rank=1024) == [1, 2]
-    assert choose_ranks(64, [5, 9, 9], page_size=16, min_tokens_per_rank=32) == [1, 2]
-    assert choose_ranks(64, [5, 9, 9], page_size=16, min_tokens_per_rank=1) == [1, 2, 0]
-    assert choose_ranks(1000, [0, 1], page_size=16, min_tokens_per_rank=1024) == [1, 0]
+@pytest.mark.parametrize(
+    ("speed", "degree"),
+    [
+        ({1: 1, 2: 2, 4: 4, 8: 8}, 8),
+        ({1: 1, 2: 2 * EFFICIENCY, 4: 2, 8: 8}, 2),
+        ({1: 1, 2: 1.99 * EFFICIENCY, 4: 4, 8: 8}, 1),
+        ({1: 1, 2: 2, 4: 4, 8: 7.99 * EFFICIENCY}, 4),
+    ],
+    ids=str,
+)
+def test_the_degree_doubles_while_the_first_token_gains_enough(
+    speed: dict[int, float], degree: int
+) -> None:
+    assert len(ranks(100, speed=speed.__getitem__)) == degree
+
+
+def test_the_degree_doubles_until_the_prompt_is_computed_in_one_step() -> None:
+    assert [len(ranks(tokens)) for tokens in (10, 11, 20, 21, 40, 41)] == [1, 2, 2, 4, 4, 8]
+    assert len(ranks(20, delays=[1.0] * 8)) == 2, "however long it has to wait before"
+    assert ranks(40, hits=known_on(5, 8)) == [5], "it is what is new that counts"
+
+
+def test_it_goes_to_the_rank_that_is_free_first_and_of_those_to_the_emptiest() -> None:
+    assert ranks(9, delays=[3, 2, 1], free=[9, 9, 9]) == [2]
+    assert ranks(9, delays=[1, 1, 1], free=[9, 11, 10]) == [1]
+    assert ranks(9, delays=[3, 2, 1], free=[9, 9, 2]) == [1], "two pages are less than nine tokens"
+
+
+def test_busy_ranks_are_left_out_of_a_spread_prompt_if_it_is_faster_without() -> None:
+    busy = [0, 50, 0, 50]
+    assert ranks(100, free=[AMPLE] * 4, delays=busy) == [0, 2]
+    assert sorted(ranks(1000, free=[AMPLE] * 4, delays=busy)) == [0, 1, 2, 3]
+    assert sorted(ranks(1000, free=[AMPLE] * 3)) == [0, 1, 2], "all, if they are no power of two"
+
+
+def test_pages_that_one_rank_lacks_are_a_reason_for_more() -> None:
+    slower = {1: 1, 2: 0.5, 3: 0.4, 4: 0.3}.__getitem__
+    assert len(ranks(8, free=[2, 1, 1, 1], speed=slower)) == 1
+    assert len(ranks(9, free=[2, 1, 1, 1], speed=slower)) == 2
+    assert len(ranks(20, free=[2, 1, 1, 1], speed=slower)) == 4
+    assert place(21, free=[2, 1, 1, 1]) is None
+
+
+def test_more_than_its_fair_degree_only_for_pages() -> None:
+    assert len(ranks(100, max_degree=4)) == 4
+    assert len(ranks(100, max_degree=3)) == 2
+    assert ranks(100, max_degree=1) == [0]
+    assert len(ranks(100, free=[5] * 8, max_degree=1)) == 5, "no more than it needs"
+
+
+def test_a_prompt_goes_where_its_beginning_is_known() -> None:
+    assert ranks(100, hits=known_on(2, 23)) == [2]
+    first_two = ranks(100, hits=[*known_on(6, 1), *known_on(3, 1)], max_degree=2)
+    assert sorted(first_two) == [3, 6], "and starts with all holders when it is spread"
+    assert ranks(9, hits=known_on(2, 2), free=[3, 3, 1]) == [2], "which needs room for what is new"
+
+
+def test_but_not_if_that_rank_is_so_busy_that_another_computes_it_sooner() -> None:
+    hits = known_on(2, 20)  # of 25 pages
+    assert ranks(100, hits=hits, delays=[0, 0, 79, 0], free=[AMPLE] * 4, max_degree=1) == [2]
+    assert ranks(100, hits=hits, delays=[0, 0, 81, 0], free=[AMPLE] * 4, max_degree=1) == [0]
+
+
+def test_pages_known_on_several_ranks_are_taken_from_few() -> None:
+    """From the rank of the page before, else from one with others, else from the one with most."""
+    local = place(14, hits=[{0: 1, 1: 2}, {1: 3}, {1: 4, 2: 5}])
+    assert local is not None
+    assert local.places == [(1, 2), (1, 3), (1, 4)]
+    spread = place(90, hits=[{0: 1, 1: 2}, {1: 3}, {2: 4}, {1: 5, 2: 6}, {0: 7, 1: 8}])
+    assert spread is not None
+    assert spread.places == [(1, 2), (1, 3), (2, 4), (2, 6), (1, 8)]
+
+
+def test_a_rank_whose_pages_have_a_gap_gives_those_before_it() -> None:
+    placement = place(14, hits=[{0: 1}, {1: 3}, {0: 4}])
+    assert placement is not None
+    assert placement.places == [Place(0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hits", "degree"),
+    [(19, 0, 1), (20, 0, 2), (39, 0, 3), (40, 2, 3), (400, 0, 8)],
+)
+def test_a_given_length_for_each_rank_says_how_many(tokens: int, hits: int, degree: int) -> None:
+    """Whatever would be faster; ranks are at most all, and cached tokens don't count."""
+    chosen = ranks(tokens, min_tokens_per_rank=10, max_degree=1, hits=known_on(4, hits))
+    assert len(chosen) == degree
+    assert 4 in chosen or not hits
+
+
+def test_a_given_length_for_each_rank_leaves_it_open_which() -> None:
+    hits, delays = known_on(2, 1), [9.0, 0.0, 50.0, 9.0]
+    assert ranks(19, min_tokens_per_rank=10, hits=hits, delays=delays, free=[AMPLE] * 4) == [1]
+
+
+def test_a_given_length_for_each_rank_gives_more_where_pages_lack() -> None:
+    assert len(ranks(40, min_tokens_per_rank=20, free=[4, 4, 4, 4])) == 3
+    assert len(ranks(19, min_tokens_per_rank=20, free=[4, 4, 4, 4])) == 2
+
+
+# One request after the other
+
+
+def a_request(prompt: int, max_tokens: int = 0) -> Request:
+    return Request(
+        request_id="r",
+        prompt_token_ids=[0] * prompt,
+        params=SamplingParams(),
+        seed=0,
+        end_ids=frozenset(),
+        max_tokens=max_tokens,
+        detokenizer=Detokenizer(None),
+    )
+
+
+def admission(ledger: Ledger, one_step: float = 10.0, waiting_tokens: int = 0) -> Admission:
+    placer = Placer(Cost(), PAGE, one_step, None)
+    delays = [0.0] * ledger.num_ranks
+    return Admission(placer, ledger, ledger.free, delays, waiting_tokens)
+
+
+def test_the_next_request_finds_the_ranks_as_they_will_be() -> None:
+    round_ = admission(Ledger([9, 9, 9], PAGE))
+    placed = [round_.place(a_request(8), []) for _ in range(4)]
+    assert [each and each.ranks for each in placed] == [[0], [1], [2], [0]], "delays"
+    round_ = admission(Ledger([9, 2], PAGE))
+    placed = [round_.place(a_request(8, max_tokens=9), []) for _ in range(3)]
+    assert [each and each.ranks for each in placed] == [[0], [1], None], "pages, of which it is"
+    assert round_.place(a_request(4), []) is not None, "expected to need more than its prompt"
+
+
+def test_prompts_that_wait_together_share_the_ranks_by_their_lengths() -> None:
+    round_ = admission(Ledger([99] * 8, PAGE), one_step=0, waiting_tokens=400)
+    placed = [round_.place(a_request(length), []) for length in (200, 100, 100)]
+    assert [each and each.degree for each in placed] == [4, 2, 2]
+    assert sorted(rank for each in placed if each for rank in each.ranks) == list(range(8))
+    alone = admission(Ledger([99] * 8, PAGE), one_step=0, waiting_tokens=200)
+    placement = alone.place(a_request(200), [])
+    assert placement is not None
+    assert placement.degree == 8
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_cached_pages_are_room_for_others_unless_somebody_owns_them(idle: bool) -> None:
+    """Five of ten pages are known; taken while idle, they are no longer free."""
+    ledger = Ledger([10], PAGE)
+    [extent] = ledger.allocate(0, 5)
+    for page in range(5):
+        ledger.cache.add(b"%d" % page, Place(0, page))
+    if idle:
+        ledger.release(0, [extent])
+    hits = [{0: page} for page in range(5)]
+    assert admission(ledger).place(a_request(40), hits) is not None
+    assert admission(ledger).place(a_request(41), hits) is None
+    round_ = admission(ledger)
+    assert round_.place(a_request(28), hits) is not None
+    assert round_.place(a_request(12), []) is not None
+    assert round_.place(a_request(1), []) is None
+
+
+def test_idle_pages_that_are_known_take_room_of_their_rank() -> None:
+    """Fifteen of thirty pages are known on a rank with room for twenty, they among them."""
+    hits = [{0: page} for page in range(15)]
+    placer = Placer(Cost(), PAGE, 1000.0, None)
+    for is_idle, chosen in ((True, [1]), (False, [0])):
+        fleet = Fleet([20, 100], [0.0, 0.0], lambda place, is_idle=is_idle: is_idle)
+        placement = placer.place(30 * PAGE, hits, fleet, max_degree=2)
+        assert placement is not None
+        assert placement.ranks == chosen

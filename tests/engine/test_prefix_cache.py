@@ -1,5 +1,7 @@
 """Full pages outlive their request and are found by those that begin alike, wherever they are."""
 
+from random import Random
+
 import hypothesis.strategies as st
 from hypothesis import given, settings
 from simulated import Plans, simulated_engine
@@ -132,7 +134,7 @@ def test_what_was_idle_for_longest_goes_first_and_a_tail_before_its_head() -> No
         for page in range(extent.start, extent.end):
             ledger.cache.add(f"{name}{page}".encode(), Place(0, page))
         ledger.release(0, [extent])
-    assert ledger.num_free(0) == 6
+    assert ledger.free[0] == 6
     ledger.allocate(0, 2)
     known = [place for page in range(6) if (place := Place(0, page)) in ledger.cache]
     assert known == [(0, 0), (0, 3), (0, 4), (0, 5)]
@@ -156,10 +158,13 @@ def test_find_stops_at_the_first_gap() -> None:
     cache = PrefixCache()
     cache.add(b"1", Place(0, 5))
     cache.add(b"3", Place(1, 6))
-    assert cache.find([b"1", b"2", b"3"]) == [(0, 5)]
+    assert cache.find([b"1", b"2", b"3"]) == [{0: 5}]
     cache.add(b"1", Place(1, 9))
-    assert cache.find([b"1"]) == [(0, 5)], "the first place stays"
-    cache.forget(Place(0, 5))
+    cache.add(b"1", Place(0, 7))
+    assert cache.find([b"1"]) == [{0: 5, 1: 9}], "one place for each rank, the first"
+    assert cache.forget(Place(0, 5)) == b"1"
+    assert cache.find([b"1"]) == [{1: 9}]
+    cache.forget(Place(1, 9))
     assert cache.find([b"1"]) == []
 
 
@@ -182,19 +187,23 @@ requests = st.lists(
     requests,
     st.lists(st.integers(10, 24), min_size=1, max_size=4),
     st.sampled_from([3, 8, 30, 200]),
-    st.sampled_from([8, 1000]),
+    st.sampled_from([8, 1000, None]),
+    st.integers(0, 9),
 )
 def test_no_trace_changes_a_token_or_loses_a_page(
     trace: list[tuple[int, int, int, int, int, bool]],
     num_pages: list[int],
     budget: int,
-    tokens_per_rank: int,
+    tokens_per_rank: int | None,
+    seed: int,
 ) -> None:
+    random = Random(seed)
     engine, _ = simulated_engine(
         [max(num_pages[0], 20), *num_pages[1:]],
         enable_prefix_caching=True,
         max_num_batched_tokens=budget,
         min_tokens_per_rank=tokens_per_rank,
+        order=lambda ranks: random.sample(ranks, random.randint(1, len(ranks))),
     )
     served = []
     for length, kind, new, n, steps, aborted in trace:
