@@ -4,55 +4,26 @@ Nothing heavy is imported before a command runs, so that help comes at once.
 """
 
 import dataclasses
-import functools
-import inspect
 import os
 import sys
-import types
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    TypeGuard,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import longspan
 from longspan.config import EngineConfig
 from longspan.errors import InvalidRequestError, LongspanError, RankFailedError
+from longspan.options import with_options
 from longspan.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from longspan.outputs import RequestOutput
+    from longspan.outputs import CompletionOutput, RequestOutput
 
 __all__ = ["main"]
-
-SAMPLING_HELP = {
-    "n": "Completions of the prompt; lines of '---' stand between them.",
-    "temperature": "Divides the logits before a token is drawn; 0 is greedy.",
-    "top_p": "Draw from the likeliest tokens that have so much probability together.",
-    "top_k": "Draw from so many of the likeliest tokens; 0 or -1: from all.",
-    "min_p": "Draw from tokens with at least so much of the likeliest one's probability.",
-    "seed": "Seed of the random draws.",
-    "max_tokens": "Most tokens to generate; the context's end is a limit too.",
-    "min_tokens": "Go on for at least so many tokens.",
-    "stop": "End before this text; give it again for more than one.",
-    "stop_token_ids": "End at this token; give it again for more than one.",
-    "ignore_eos": "Go on after an end-of-sequence token.",
-    "logprobs": "Report so many of the likeliest tokens at each position (with --json); -1: all.",
-    "repetition_penalty": "Above 1, tokens of prompt and output become less likely.",
-    "presence_penalty": "Above 0, tokens of the output become less likely.",
-    "frequency_penalty": "Above 0, tokens become less likely with each time they were generated.",
-    "skip_special_tokens": "Leave special tokens out of the text.",
-}
 
 _INTERRUPTED = 130
 
@@ -89,76 +60,24 @@ def _longspan(
     """Exact serving of long contexts over several devices."""
 
 
-def _options(noun: type[Any]) -> Iterator[inspect.Parameter]:
-    """One option for each field of a dataclass, an argument for one without default."""
-    hints = get_type_hints(noun)
-    for field in dataclasses.fields(noun):
-        help = field.metadata.get("help") or SAMPLING_HELP[field.name]
-        kind, parsing = _type(hints[field.name])
-        required = field.default is dataclasses.MISSING
-        info = typer.Argument(help=help) if required else typer.Option(help=help, **parsing)
-        yield inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if required else field.default,
-            annotation=Annotated[kind, info],
-        )
-
-
-def _type(hint: Any) -> tuple[Any, dict[str, Any]]:
-    """What typer is told of a field's type: `Sequence` repeats its option, `tuple` has commas."""
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for member in members:
-        if get_origin(member) is Sequence:
-            (item,) = get_args(member)
-            return types.GenericAlias(list, item) | None, {"metavar": f"<{item.__name__}>"}
-        if get_origin(member) is tuple:
-            return str, {"parser": _whole_numbers, "metavar": "<int[,int...]>"}
-    return hint, {}
-
-
-def _whole_numbers(value: str) -> int | tuple[int, ...]:
+@contextmanager
+def _errors_on_one_line() -> Iterator[None]:
     try:
-        numbers = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise typer.BadParameter(
-            f"{value!r} is not a whole number, or several with commas"
-        ) from None
-    return numbers if len(numbers) > 1 else numbers[0]
+        yield
+    except LongspanError as error:
+        message = str(error)
+        if not isinstance(error, RankFailedError):  # which brings the rank's traceback
+            message = " ".join(message.split())
+        typer.echo(f"error: {message}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a function a command of its name; what Longspan refuses ends it with one line.
-
-    A parameter whose type is a dataclass is made from an option for each of its fields. Fields
-    of one name share an option.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    options: dict[str, inspect.Parameter] = {}
-    for parameter in parameters:
-        noun = parameter.annotation
-        for option in _options(noun) if _is_dataclass(noun) else [parameter]:
-            options.setdefault(option.name, option.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-
-    @functools.wraps(function)
-    def run(**values: Any) -> None:
-        with _errors_on_one_line():
-            function(**{p.name: _argument(p, values) for p in parameters})
-
-    signature = inspect.Signature(list(options.values()))
-    run.__signature__ = signature  # type: ignore[attr-defined]
-    return app.command()(run)
-
-
-def _argument(parameter: inspect.Parameter, values: dict[str, Any]) -> Any:
-    noun = parameter.annotation
-    if not _is_dataclass(noun):
-        return values[parameter.name]
-    return noun(**{field.name: values[field.name] for field in dataclasses.fields(noun)})
-
-
-def _is_dataclass(annotation: Any) -> TypeGuard[type[Any]]:
-    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+    """Make a function a command of its name; what Longspan refuses ends it with one line."""
+    return app.command()(_errors_on_one_line()(with_options(function)))
 
 
 @_command
@@ -173,6 +92,13 @@ def generate(
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document with text, tokens and metrics.")
     ] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Print the text as it is drawn; without either, if it goes to a terminal.",
+        ),
+    ] = None,
     *,
     config: EngineConfig,
     params: SamplingParams,
@@ -182,6 +108,8 @@ def generate(
     The text goes to standard output, progress and figures go to standard error. Options are those
     of the prompt, then of the engine, then of sampling.
     """
+    if json and stream:
+        raise typer.BadParameter("give one of --json and --stream")
     text = _prompt(prompt, prompt_file)
     from rich.console import Console
 
@@ -189,18 +117,19 @@ def generate(
     from longspan.progress import summary
 
     with LLM(**dataclasses.asdict(config)) as llm:
-        if chat:
-            [output] = llm.chat([{"role": "user", "content": text}], params)
+        asked = llm.preprocess_chat([{"role": "user", "content": text}])[0] if chat else text
+        if not json and (sys.stdout.isatty() if stream is None else stream):
+            output = _print_all(llm.stream(asked, params, use_tqdm=True), params.n)
         else:
-            [output] = llm.generate(text, params)
+            [output] = llm.generate(asked, params)
+            if not json:
+                _print_all([output], params.n)
     if json:
         import msgspec
 
         typer.echo(msgspec.json.encode(_document(output)))
-        return
-    completions = "\n---\n".join(completion.text for completion in output.outputs)
-    typer.echo(completions.encode(), nl=sys.stdout.isatty())
-    Console(stderr=True).print(summary(output))
+    else:
+        Console(stderr=True).print(summary(output))
 
 
 @_command
@@ -223,21 +152,6 @@ def demo(
         raise typer.Exit(1)
 
 
-@contextmanager
-def _errors_on_one_line() -> Iterator[None]:
-    try:
-        yield
-    except LongspanError as error:
-        message = str(error)
-        if not isinstance(error, RankFailedError):  # which brings the rank's traceback
-            message = " ".join(message.split())
-        typer.echo(f"error: {message}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
-
-
 def _prompt(prompt: str | None, file: str | None) -> str:
     """The prompt's text. Raises InvalidRequestError if it can't be read or is not UTF-8."""
     if (prompt is None) == (file is None):
@@ -255,6 +169,46 @@ def _prompt(prompt: str | None, file: str | None) -> str:
         ) from None
     except OSError as error:
         raise InvalidRequestError(f"{name} can't be read: {error.strerror}") from None
+
+
+def _print_all(increments: Iterable["RequestOutput"], n: int) -> "RequestOutput":
+    """Print a prompt's `n` completions as they come; returns the whole of them."""
+    printer = _Printer(n)
+    whole = None
+    try:
+        for increment in increments:
+            if whole is None:
+                whole = increment
+            else:
+                whole.add(increment)
+            printer.show(increment.outputs)
+    finally:
+        if whole is not None and sys.stdout.isatty():
+            typer.echo()
+    assert whole is not None
+    return whole
+
+
+class _Printer:
+    """Prints completions one after the other, each as far as it has come."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._current = 0
+        self._texts: defaultdict[int, str] = defaultdict(str)
+        self._ended: set[int] = set()
+
+    def show(self, completions: Iterable["CompletionOutput"]) -> None:
+        for completion in completions:
+            self._texts[completion.index] += completion.text
+            if completion.finish_reason:
+                self._ended.add(completion.index)
+        text = self._texts.pop(self._current, "")
+        while self._current in self._ended and self._current + 1 < self._n:
+            self._current += 1
+            text += "\n---\n" + self._texts.pop(self._current, "")
+        if text:
+            typer.echo(text.encode(), nl=False)
 
 
 def _document(output: "RequestOutput") -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The offline interface: `LLM(...).generate(prompts)`, with vLLM's names."""
+"""The offline interface: `LLM(...).generate(prompts)` and `stream`, with vLLM's names."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -10,17 +11,24 @@ from longspan.engine.completion import Group
 from longspan.engine.engine import Engine
 from longspan.engine.executor import Executor
 from longspan.errors import EngineStoppedError, InvalidRequestError
+from longspan.interrupts import interrupts_afterwards
 from longspan.models import ModelSpec, load_spec
 from longspan.outputs import CompletionOutput, RequestOutput
 from longspan.progress import Progress
+from longspan.prompts import (
+    Prompt,
+    conversations,
+    params_for,
+    priorities_for,
+    prompt_list,
+    templated,
+    tokenized,
+)
 from longspan.sampling_params import SamplingParams
 from longspan.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": [...]}."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +38,12 @@ class LLM:
 
     Options are the fields of `longspan.config.EngineConfig`. Worker processes are started here
     and end with `close()`, the end of a `with` block, or this process.
+
+    `generate` and `chat` return finished outputs; `stream` yields text as it is drawn:
+
+        with LLM("path-or-hub-id", context_parallel_size=4) as llm:
+            for output in llm.stream("Once upon a time"):
+                print(output.outputs[0].text, end="", flush=True)
 
     Raises:
         ConfigError: an option is unknown or wrong, or the model can't be found.
@@ -44,6 +58,8 @@ class LLM:
         self._executor = _start(self.config, spec)
         self.engine = Engine(self.config, spec, self._executor, tokenizer)
         self._closed = False
+        self._news: dict[str, deque[Group]] = {}
+        """For each request that is streamed, where its stream looks for those that drew tokens."""
         limit, asked = self.engine.context_limit, self.config.max_model_len
         if asked is not None and limit < asked:
             logger.warning(
@@ -58,37 +74,78 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         """Complete one prompt or several; returns one output for each, in order.
 
-        `sampling_params` is one for all or one for each. `use_tqdm` shows a progress bar when the
-        work takes long. A request that can't be served comes back with `error` set and finish
-        reason "error" beside the others' outputs; if none can be served the first error is raised.
+        `sampling_params` and `priority` are one for all or one for each; a request with a lower
+        `priority` goes first. `use_tqdm` shows a progress bar when the work takes long. A request
+        that can't be served comes back with `error` set and finish reason "error" beside the
+        others' outputs; if none can be served the first error is raised.
 
         Raises:
             InvalidRequestError: no request of the call can be served; the engine stays usable.
             RankFailedError: a rank died; every process has been stopped.
         """
         self._check_open()
-        listed = _as_list(prompts)
-        params = _params_for(len(listed), sampling_params)
-        outputs: list[RequestOutput | Group] = []
-        refusals: list[InvalidRequestError] = []
+        queued = self._queue(prompts, sampling_params, priority)
+        groups = [one for one in queued if isinstance(one, Group)]
         try:
-            for prompt, one in zip(listed, params, strict=True):
-                try:
-                    outputs.append(self._add(prompt, one))
-                except InvalidRequestError as error:
-                    refusals.append(error)
-                    outputs.append(_refused(prompt, error))
-        except BaseException:  # also Ctrl-C: what is queued must not run with the next call
-            for output in outputs:
-                self.engine.abort(output.request_id)
+            with Progress(self.engine, enabled=use_tqdm) as progress:
+                for group in groups:
+                    while not group.finished:
+                        self._step()
+                        progress.update()
+        except BaseException:
+            self._abort(groups)
             raise
-        if refusals and len(refusals) == len(listed):
-            raise refusals[0]
-        self._run(show_progress=use_tqdm)
-        return [out.output() if isinstance(out, Group) else out for out in outputs]
+        outputs = [one.output() if isinstance(one, Group) else one for one in queued]
+        for index, output in enumerate(outputs):
+            output.prompt_index = index
+        return outputs
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        priority: int | Sequence[int] = 0,
+    ) -> Generator[RequestOutput, None, None]:
+        """Complete prompts as `generate` does, and yield what is new as it is drawn.
+
+        Each output has the text, token ids and logprobs that none before it had, of the
+        completions of one prompt that have any; `prompt_index` tells which prompt it is. Text that
+        may yet become part of a stop string or of a character waits. All outputs of a prompt add
+        up to what `generate` returns for it (`RequestOutput.add` does that). A refused request has
+        one output, with `error` set. `use_tqdm` shows progress until the first output.
+
+        Requests are checked and queued when the first output is asked for, and run while outputs
+        are asked for or another call runs. When the generator is closed or dropped, or an error or
+        Ctrl-C ends it, those that still run are aborted and their pages are free; the engine stays
+        usable. Ctrl-C waits for the end of a step, a second one ends the engine.
+
+        Raises:
+            InvalidRequestError: no request of the call can be served; the engine stays usable.
+            RankFailedError: a rank died; every process has been stopped.
+        """
+        self._check_open()
+        queued = self._queue(prompts, sampling_params, priority)
+        indices = {one.request_id: i for i, one in enumerate(queued) if isinstance(one, Group)}
+        groups = {one.request_id: one for one in queued if isinstance(one, Group)}
+        try:
+            for index, refused in enumerate(queued):
+                if isinstance(refused, RequestOutput):
+                    refused.prompt_index = index
+                    yield refused
+            with Progress(self.engine, enabled=use_tqdm) as progress:
+                for output in self._increments(groups, progress):
+                    output.prompt_index = indices[output.request_id]
+                    progress.hide()
+                    yield output
+        finally:
+            self._abort([*groups.values()])
 
     def chat(
         self,
@@ -96,6 +153,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        priority: int | Sequence[int] = 0,
         add_generation_prompt: bool = True,
         **template_options: Any,
     ) -> list[RequestOutput]:
@@ -105,20 +163,28 @@ class LLM:
         template, as `tools` and `documents` do.
         """
         self._check_open()
+        template_options["add_generation_prompt"] = add_generation_prompt
+        prompts = self.preprocess_chat(messages, **template_options)
+        return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
+
+    def preprocess_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        add_generation_prompt: bool = True,
+        **template_options: Any,
+    ) -> list[Prompt]:
+        """The prompts that `chat` makes of conversations, to be given to `stream`."""
         tokenizer = self.get_tokenizer()
         if tokenizer.chat_template is None:
             raise InvalidRequestError(
                 f"the tokenizer of {self.config.model!r} has no chat template; use generate()"
             )
-        if not messages:
-            raise InvalidRequestError("messages is empty; it must have at least 1 message")
-        conversations: Sequence[Any] = [messages] if isinstance(messages[0], Mapping) else messages
         options = {"add_generation_prompt": add_generation_prompt, **template_options}
-        prompts = [
-            {"prompt_token_ids": _templated(tokenizer, conversation, options)}
-            for conversation in conversations
+        return [
+            {"prompt_token_ids": templated(tokenizer, conversation, options)}
+            for conversation in conversations(messages)
         ]
-        return self.generate(prompts, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer. Raises InvalidRequestError if the model has none."""
@@ -144,33 +210,78 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> Group:
-        text, token_ids = self._tokenize(prompt)
-        return self.engine.add_request(token_ids, params, prompt=text)
-
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"])
-            if not isinstance(prompt.get("prompt"), str):
-                raise InvalidRequestError(
-                    f"a prompt needs 'prompt' (text) or 'prompt_token_ids', not {sorted(prompt)}"
-                )
-            prompt = prompt["prompt"]
-        if isinstance(prompt, str):
-            return prompt, self.get_tokenizer().encode(prompt, verbose=False)
-        return None, _token_ids(prompt)
-
-    def _run(self, show_progress: bool) -> None:
+    def _queue(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int],
+    ) -> list[RequestOutput | Group]:
+        """Queue what can be served; the rest is refused, with an error if that is all of it."""
+        listed = prompt_list(prompts)
+        params = params_for(len(listed), sampling_params)
+        priorities = priorities_for(len(listed), priority)
+        queued: list[RequestOutput | Group] = []
+        refusals: list[InvalidRequestError] = []
         try:
-            with Progress(self.engine, enabled=show_progress) as progress:
-                while self.engine.has_requests:
-                    self.engine.step()
-                    progress.update()
+            for prompt, one, order in zip(listed, params, priorities, strict=True):
+                try:
+                    queued.append(self._add(prompt, one, order))
+                except InvalidRequestError as error:
+                    refusals.append(error)
+                    queued.append(_refused(prompt, error))
+        except BaseException:  # also Ctrl-C: what is queued must not run with the next call
+            self._abort([group for group in queued if isinstance(group, Group)])
+            raise
+        if refusals and len(refusals) == len(listed):
+            raise refusals[0]
+        return queued
+
+    def _add(self, prompt: Prompt, params: SamplingParams, priority: int) -> Group:
+        text, token_ids = tokenized(prompt, self.get_tokenizer)
+        return self.engine.add_request(token_ids, params, prompt=text, priority=priority)
+
+    def _increments(
+        self, groups: Mapping[str, Group], progress: Progress
+    ) -> Iterator[RequestOutput]:
+        """Step until all of these groups have ended; yields what is new of them."""
+        unfinished, news = dict(groups), deque[Group]()
+        self._news |= dict.fromkeys(unfinished, news)
+        while unfinished:
+            while not news and self.engine.has_requests:
+                with interrupts_afterwards():
+                    self._step()
+                progress.update()
+            # Without a step that told of them, requests can only have been aborted.
+            group = news.popleft() if news else next(iter(unfinished.values()))
+            output = group.increment()
+            if output is None:
+                continue
+            if output.finished:
+                del unfinished[group.request_id]
+            yield output
+            if group.finished and not output.finished:  # the caller has aborted it
+                news.append(group)
+
+    def _step(self) -> None:
+        """Run one step, and tell streams of those of their requests that drew tokens."""
+        self._check_open()
+        try:
+            drawn = self.engine.step()
         except BaseException:
             # Also Ctrl-C: a step that was cut short leaves ranks that can't go on.
             self.close()
             raise
+        for group in drawn:
+            if group.request_id in self._news:
+                self._news[group.request_id].append(group)
+
+    def _abort(self, groups: Sequence[Group]) -> None:
+        """End what still runs of these groups, and see that their pages are free."""
+        for group in groups:
+            self._news.pop(group.request_id, None)
+            self.engine.abort(group.request_id)
+        while not self._closed and any(group.in_flight for group in groups):
+            self._step()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -185,58 +296,6 @@ def _start(config: EngineConfig, spec: ModelSpec) -> Executor:
     from longspan.worker.processes import ProcessExecutor
 
     return ProcessExecutor(config, spec)
-
-
-def _as_list(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence):
-        return [prompts]
-    one_prompt = bool(prompts) and all(isinstance(item, int) for item in prompts)
-    return [prompts] if one_prompt else list(prompts)
-
-
-def _params_for(
-    count: int, params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[SamplingParams]:
-    if params is None:
-        return [SamplingParams()] * count
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
-        raise InvalidRequestError(
-            f"sampling_params={params!r} must be SamplingParams, or a list of them"
-        )
-    if len(params) != count:
-        raise InvalidRequestError(
-            f"sampling_params has {len(params)} entries for {count} prompts; give one for all or "
-            "one for each"
-        )
-    return list(params)
-
-
-def _templated(
-    tokenizer: "PreTrainedTokenizerBase", conversation: Any, options: Mapping[str, Any]
-) -> list[int]:
-    try:
-        token_ids: Any = tokenizer.apply_chat_template(
-            conversation, tokenize=True, return_dict=False, **options
-        )
-    except Exception as error:  # templates are programs of the model's: they raise what they like
-        reason = " ".join(str(error).split())
-        raise InvalidRequestError(f"messages don't fit the chat template: {reason}") from error
-    return list(token_ids)
-
-
-def _token_ids(value: object) -> list[int]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        value = getattr(value, "tolist", lambda: None)()
-    if not isinstance(value, Sequence):
-        raise InvalidRequestError("prompt_token_ids must be a list of whole numbers")
-    for position, token_id in enumerate(value):
-        if not isinstance(token_id, int) or isinstance(token_id, bool):
-            raise InvalidRequestError(
-                f"prompt_token_ids[{position}]={token_id!r} must be a whole number"
-            )
-    return list(value)
 
 
 def _refused(prompt: Prompt, error: InvalidRequestError) -> RequestOutput:

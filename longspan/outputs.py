@@ -33,6 +33,16 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
+    def add(self, increment: "CompletionOutput") -> None:
+        """Append the increment of the same completion that follows in a stream."""
+        self.text += increment.text
+        self.token_ids += increment.token_ids
+        if increment.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += increment.logprobs
+        self.cumulative_logprob = increment.cumulative_logprob
+        self.finish_reason, self.stop_reason = increment.finish_reason, increment.stop_reason
+
 
 @dataclass(slots=True)
 class RequestMetrics:
@@ -68,7 +78,11 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The outputs of one prompt; `error` tells why it was refused, if it was."""
+    """The outputs of one prompt; `error` tells why it was refused, if it was.
+
+    `prompt_index` is the prompt's place among those of the call. In a stream, each output has what
+    is new, of the completions that have anything new; all of one prompt's add up to the whole.
+    """
 
     request_id: str
     prompt: str | None
@@ -78,3 +92,15 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     error: str | None = None
+    prompt_index: int = 0
+
+    def add(self, increment: "RequestOutput") -> None:
+        """Append the increment of the same prompt that follows in a stream."""
+        for new in increment.outputs:
+            same = [completion for completion in self.outputs if completion.index == new.index]
+            if not same:
+                same = [CompletionOutput(new.index, "", [])]
+                self.outputs = sorted([*self.outputs, *same], key=lambda known: known.index)
+            same[0].add(new)
+        self.finished = increment.finished
+        self.num_cached_tokens, self.metrics = increment.num_cached_tokens, increment.metrics

@@ -108,16 +108,26 @@ class Progress:
             self._console.file.write(f"longspan: {line}\n")
             self._console.file.flush()
 
+    def hide(self) -> None:
+        """Take the bars off the terminal for good, where others will write. Lines go on."""
+        if self._display:
+            self._display.live.transient = True
+            self._end_display()
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end_display()
+
+    def _end_display(self) -> None:
         if self._timer and self._display:
             self._timer.cancel()
             self._timer.join()
             self._display.stop()
+            self._display = None
 
 
 def summary(output: RequestOutput) -> Table:

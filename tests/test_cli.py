@@ -9,19 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import psutil
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import longspan.demo
 import longspan.llm
-from longspan.cli import SAMPLING_HELP, app
+from longspan.cli import app
 from longspan.config import EngineConfig
 from longspan.errors import InvalidRequestError, RankFailedError
+from longspan.options import SAMPLING_HELP
 from longspan.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from longspan.sampling_params import SamplingParams
 
@@ -45,7 +47,9 @@ class StandIn:
         self.prompt: object = None
         self.params = SamplingParams()
         self.texts = ["A dash — and no newline"]
+        self.pieces = [(0, "A dash", False), (0, " —", False), (0, "", True)]
         self.error: BaseException | None = None
+        self.late_error: BaseException | None = None
 
     def __call__(self, **options: Any) -> "StandIn":
         self.options = options
@@ -68,7 +72,19 @@ class StandIn:
         metrics = RequestMetrics(1.0, 1.0, 3.0, 3.5, num_generation_tokens=3, kv_tokens=[5, 4])
         return [RequestOutput("0", None, [1] * 7, completions, True, metrics=metrics)]
 
-    chat = generate
+    def stream(
+        self, prompt: object, params: SamplingParams, *, use_tqdm: bool
+    ) -> Iterator[RequestOutput]:
+        assert use_tqdm
+        [whole] = self.generate(prompt, params)
+        for place, (index, text, end) in enumerate(self.pieces):
+            one = CompletionOutput(index, text, [place], finish_reason="length" if end else None)
+            yield dataclasses.replace(whole, outputs=[one])
+        if self.late_error:
+            raise self.late_error
+
+    def preprocess_chat(self, messages: object) -> list[object]:
+        return [messages]
 
 
 @pytest.fixture
@@ -145,6 +161,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "enable_prefix_caching": False,
     "max_num_batched_tokens": 512,
     "max_num_seqs": 7,
+    "max_step_time": 0.5,
     "min_tokens_per_rank": 64,
     "attention_strategy": "pass_q",
     "distributed_executor_backend": "uni",
@@ -316,9 +333,72 @@ def test_several_completions_are_set_apart(llm: StandIn) -> None:
     assert invoke("generate", "m", "--prompt", "p", "--n", "2").stdout == "one\n---\ntwo"
 
 
-def test_chat_makes_a_message_of_the_prompt(llm: StandIn) -> None:
-    assert invoke("generate", "m", "--chat", "--prompt", "Hello").exit_code == 0
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_chat_makes_a_message_of_the_prompt(llm: StandIn, flags: list[str]) -> None:
+    assert invoke("generate", "m", "--chat", "--prompt", "Hello", *flags).exit_code == 0
     assert llm.prompt == [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """What is written to standard output, in pieces as it is written."""
+    written: list[bytes] = []
+    echo = typer.echo
+
+    def spy(message: object = None, nl: bool = True, err: bool = False) -> None:
+        if isinstance(message, bytes):
+            written.append(message)
+        echo(message, nl=nl, err=err)
+
+    monkeypatch.setattr(typer, "echo", spy)
+    return written
+
+
+def test_a_stream_is_printed_as_it_comes_and_the_figures_aside(
+    llm: StandIn, writes: list[bytes]
+) -> None:
+    result = invoke("generate", "m", "--prompt", "p", "--stream")
+    assert result.exit_code == 0, result.stderr
+    assert writes == [b"A dash", " —".encode()]
+    assert result.stdout_bytes == b"".join(writes)
+    assert "3 tokens, finish reason: length" in result.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-stream"]])
+def test_a_file_or_pipe_gets_the_text_at_the_end(
+    llm: StandIn, writes: list[bytes], flags: list[str]
+) -> None:
+    assert invoke("generate", "m", "--prompt", "p", *flags).exit_code == 0
+    assert writes == ["A dash — and no newline".encode()]
+
+
+def test_completions_are_streamed_one_after_the_other(llm: StandIn, writes: list[bytes]) -> None:
+    llm.pieces = [
+        (0, "a", False),
+        (1, "x", False),
+        (2, "1", True),
+        (1, "y", False),
+        (0, "b", True),
+        (1, "z", True),
+    ]
+    result = invoke("generate", "m", "--prompt", "p", "--n", "3", "--stream")
+    assert writes == [b"a", b"b\n---\nxy", b"z\n---\n1"]
+    assert "6 tokens, finish reason: length, length, length" in result.stderr
+
+
+def test_what_was_streamed_before_an_error_stays(llm: StandIn) -> None:
+    llm.late_error = KeyboardInterrupt()
+    result = invoke("generate", "m", "--prompt", "p", "--stream")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "A dash —", "interrupted\n")
+    llm.error = InvalidRequestError("no")
+    assert_one_line(invoke("generate", "m", "--prompt", "p", "--stream"), "error: no\n")
+
+
+def test_a_document_is_not_streamed(llm: StandIn) -> None:
+    result = invoke("generate", "m", "--prompt", "p", "--json", "--stream")
+    assert result.exit_code == 2
+    assert "give one of --json and --stream" in result.stderr
+    assert llm.prompt is None
 
 
 def test_json_is_one_document(llm: StandIn) -> None:
@@ -438,6 +518,44 @@ def test_ctrl_c_ends_everything() -> None:
             "interrupted"
         ]
         assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+def test_a_terminal_gets_the_text_as_it_is_drawn() -> None:
+    asked = ("generate", MODEL, "--prompt", "A list", "--kv-cache-tokens", "8000")
+    long = ("--temperature", "0", "--ignore-eos", "--max-tokens")
+    terminal, end = os.openpty()
+    try:
+        with program(*asked, *long, "4000", stdout=end) as process:
+            os.close(end)
+            begun = os.read(terminal, 10_000).decode()
+            assert process.poll() is None, "the text is far from its end"
+            process.send_signal(signal.SIGINT)
+            text = "".join([begun, *read_all(terminal)]).replace("\r\n", "\n")
+            _, errors = process.communicate(timeout=30)
+    finally:
+        os.close(terminal)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted"
+    whole = invoke(*asked, *long, "100", "--no-stream").stdout
+    assert text.endswith("\n"), "what follows begins a line"
+    assert whole.startswith(text[:-1][:50])
+
+
+def read_all(terminal: int) -> Iterator[str]:
+    """What comes until the last program lets go of the terminal."""
+    with suppress(OSError):  # Linux's way to say that it has
+        while data := os.read(terminal, 10_000):
+            yield data.decode(errors="replace")
+
+
+def test_the_streamed_text_is_that_of_generate() -> None:
+    asked = ("generate", MODEL, "--prompt", "A list is", "--kv-cache-tokens", "800", "--n", "2")
+    options = ("--max-tokens", "40", "--seed", "7", "--ignore-eos", "--logprobs", "1")
+    at_the_end = invoke(*asked, *options)
+    streamed = invoke(*asked, *options, "--stream")
+    assert streamed.exit_code == 0, streamed.stderr
+    assert streamed.stdout_bytes == at_the_end.stdout_bytes
+    assert b"\n---\n" in streamed.stdout_bytes
 
 
 def test_ctrl_c_while_ranks_start() -> None:

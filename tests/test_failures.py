@@ -62,8 +62,9 @@ def test_an_exception_in_a_rank_is_shown_and_ends_all(model: Path) -> None:
     pids = executor(llm).pids
     shard = Shard(0, (Run(0, 1),), 0, (Run(0, 1),))
     nonsense = RankPlan((10**6,), (Part(Segment("x", "local", (shard,)), ()),), ())
+    executor(llm).start({0: nonsense})
     with pytest.raises(RankFailedError, match=r"rank 0 failed: .*\n(.*\n)*.*longspan/worker"):
-        executor(llm).execute({0: nonsense})
+        executor(llm).wait()
     wait_until_gone(pids)
 
 

@@ -1,12 +1,24 @@
 """The offline API: what goes in, what comes out, and what is refused before any work."""
 
+import contextlib
+import signal
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zoo
 
-from longspan import LLM, SamplingParams
-from longspan.errors import ConfigError, EngineStoppedError, InvalidRequestError, LongspanError
+import longspan.llm
+from longspan import LLM, RequestOutput, SamplingParams
+from longspan.engine.completion import Group
+from longspan.errors import (
+    ConfigError,
+    EngineStoppedError,
+    InvalidRequestError,
+    LongspanError,
+    RankFailedError,
+)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -175,6 +187,308 @@ def test_what_was_queued_before_an_unexpected_error_is_not_run_later(
         llm.generate(["good", "bad"], GREEDY)
     assert not llm.engine.has_requests
     assert len(llm.generate("good", GREEDY)) == 1
+
+
+def test_outputs_say_which_prompt_is_theirs(llm: LLM) -> None:
+    outputs = llm.generate(["a", "", "b"], GREEDY)
+    assert [output.prompt_index for output in outputs] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("given", "each"), [(0, [0, 0]), (-3, [-3, -3]), ((2, -1), [2, -1])])
+def test_priorities_reach_the_engine(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, given: Any, each: list[int]
+) -> None:
+    add, seen = llm.engine.add_request, []
+
+    def add_request(*arguments: Any, priority: int, **options: Any) -> Group:
+        seen.append(priority)
+        return add(*arguments, **options)
+
+    monkeypatch.setattr(llm.engine, "add_request", add_request)
+    llm.generate(["a", "b"], GREEDY, priority=given)
+    llm.chat([[{"role": "user", "content": "a"}]] * 2, GREEDY, priority=given)
+    list(llm.stream(["a", "b"], GREEDY, priority=given))
+    assert seen == each * 3
+
+
+@pytest.mark.parametrize(
+    ("priority", "named"),
+    [
+        (1.5, r"priority=1.5 must be a whole number, or a list of them"),
+        (True, r"priority=True must be"),
+        (None, r"priority=None must be"),
+        ([1, "2"], r"priority=\[1, '2'\] must be"),
+        ("12", r"priority='12' must be"),
+        ([1], r"priority has 1 entries for 2 prompts; give one for all or one for each"),
+    ],
+)
+def test_bad_priorities(llm: LLM, priority: Any, named: str) -> None:
+    with pytest.raises(InvalidRequestError, match=named):
+        llm.generate(["a", "b"], GREEDY, priority=priority)
+    with pytest.raises(InvalidRequestError, match=named):
+        next(llm.stream(["a", "b"], GREEDY, priority=priority))
+    assert not llm.engine.has_requests
+
+
+def added(increments: Iterable[RequestOutput]) -> list[RequestOutput]:
+    """The outputs of a stream put together, in the order of the prompts."""
+    wholes: dict[int, RequestOutput] = {}
+    for increment in increments:
+        if increment.prompt_index in wholes:
+            wholes[increment.prompt_index].add(increment)
+        else:
+            wholes[increment.prompt_index] = increment
+    return [wholes[index] for index in sorted(wholes)]
+
+
+def plain(outputs: Iterable[RequestOutput]) -> list[object]:
+    """What two runs of the same requests have in common."""
+    return [
+        (
+            output.prompt_index,
+            output.prompt,
+            output.prompt_token_ids,
+            output.finished,
+            output.error,
+            [
+                (one.index, one.text, one.token_ids, one.finish_reason, one.stop_reason)
+                for one in output.outputs
+            ],
+        )
+        for output in outputs
+    ]
+
+
+def assert_idle(llm: LLM) -> None:
+    assert not llm.engine.has_requests
+    assert [usage.used for usage in llm.engine.kv_usage] == [0, 0]
+
+
+LONG = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+
+
+def test_a_stream_adds_up_to_what_generate_returns(llm: LLM) -> None:
+    prompts = ["Hello there", {"prompt_token_ids": [5] * 100}, "A page"]
+    params = [LONG, SamplingParams(n=2, seed=3, max_tokens=20), GREEDY]
+    increments = list(llm.stream(prompts, params))
+    assert len(increments) >= 60 + 20 + 8
+    assert [one.finished for one in increments].count(True) == 3
+    assert plain(added(increments)) == plain(llm.generate(prompts, params))
+    assert_idle(llm)
+
+
+def test_a_stream_yields_each_token_as_it_is_drawn(llm: LLM) -> None:
+    for number, output in enumerate(llm.stream("Hello", GREEDY), start=1):
+        [completion] = output.outputs
+        assert len(completion.token_ids) == 1
+        assert output.metrics is not None
+        assert output.metrics.num_generation_tokens == number
+    assert number == 8
+
+
+def test_a_stream_never_shows_a_stop_string(llm: LLM) -> None:
+    text = llm.generate("Hello", LONG)[0].outputs[0].text
+    stop = text[7:14]
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, stop=stop)
+    [whole] = added(llm.stream("Hello", params))
+    assert whole.outputs[0].text == text[: text.index(stop)]
+    assert (whole.outputs[0].finish_reason, whole.outputs[0].stop_reason) == ("stop", stop)
+
+
+def test_logprobs_come_in_increments(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=2)
+    [whole], [expected] = added(llm.stream("Hello", params)), llm.generate("Hello", params)
+    mine, other = whole.outputs[0], expected.outputs[0]
+    assert mine.logprobs is not None
+    assert other.logprobs is not None
+    assert [list(found) for found in mine.logprobs] == [list(found) for found in other.logprobs]
+    assert mine.cumulative_logprob == pytest.approx(other.cumulative_logprob)
+
+
+def test_a_conversation_is_streamed(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    streamed = added(llm.stream(llm.preprocess_chat(messages), GREEDY))
+    assert plain(streamed) == plain(llm.chat(messages, GREEDY))
+
+
+def test_nothing_is_queued_before_the_first_output_is_asked_for(llm: LLM) -> None:
+    stream = llm.stream("Hello", LONG)
+    assert_idle(llm)
+    stream.close()
+    assert list(llm.stream([], LONG)) == []
+
+
+def test_a_closed_stream_ends_its_requests_and_frees_their_pages(llm: LLM) -> None:
+    stream = llm.stream(["Hello", {"prompt_token_ids": [5] * 100}], LONG)
+    next(stream)
+    next(stream)
+    assert llm.engine.has_requests
+    assert sum(usage.used for usage in llm.engine.kv_usage) > 0
+    stream.close()
+    assert_idle(llm)
+    assert list(stream) == []
+    assert len(llm.generate("Hello", GREEDY)[0].outputs[0].token_ids) == 8
+
+
+def test_an_error_in_the_callers_loop_ends_the_requests(llm: LLM) -> None:
+    def loop() -> None:
+        for _ in llm.stream(["Hello", "there"], LONG):
+            raise RuntimeError("the caller's own")
+
+    with pytest.raises(RuntimeError, match="the caller's own"):
+        loop()
+    assert_idle(llm)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, ended = llm.engine.step, []
+
+    def interrupted_step() -> list[Group]:
+        if not ended:
+            signal.raise_signal(signal.SIGINT)
+        ended.append(step())
+        return ended[-1]
+
+    stream = llm.stream(["Hello", "there"], LONG)
+    next(stream)
+    monkeypatch.setattr(llm.engine, "step", interrupted_step)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    monkeypatch.undo()
+    assert ended
+    assert_idle(llm)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert llm.generate("Hello", GREEDY)[0].finished
+
+
+def test_a_second_ctrl_c_does_not_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stuck() -> list[Group]:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second one interrupts")
+
+    with LLM(str(folder), kv_cache_tokens=256, max_model_len=256) as llm:
+        monkeypatch.setattr(llm.engine, "step", stuck)
+        with pytest.raises(KeyboardInterrupt):
+            next(llm.stream("Hello", LONG))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(EngineStoppedError, match="make a new one"):
+            next(llm.stream("Hello", LONG))
+
+
+def test_a_handler_of_the_programs_own_is_left_alone(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupts: list[int] = []
+    step = llm.engine.step
+
+    def interrupted_step() -> list[Group]:
+        signal.raise_signal(signal.SIGINT)
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", interrupted_step)
+    usual = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        assert added(llm.stream("Hello", GREEDY))[0].finished
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert len(interrupts) == 8
+
+
+def test_refused_prompts_are_streamed_beside_others(llm: LLM) -> None:
+    prompts = ["Hello", "", "there", {"prompt_token_ids": [512]}]
+    streamed, expected = added(llm.stream(prompts, GREEDY)), llm.generate(prompts, GREEDY)
+    assert plain(streamed) == plain(expected)
+    assert [bool(output.error) for output in streamed] == [False, True, False, True]
+    with pytest.raises(InvalidRequestError, match="prompt is empty"):
+        list(llm.stream(["", {"prompt_token_ids": [512]}], GREEDY))
+    with pytest.raises(InvalidRequestError, match="must be SamplingParams"):
+        list(llm.stream("Hello", 7))
+    assert_idle(llm)
+
+
+def test_other_calls_in_the_loop_take_nothing_from_a_stream(llm: LLM) -> None:
+    expected = plain(llm.generate("Hello", LONG))
+    others, increments = [], []
+    for number, output in enumerate(llm.stream("Hello", LONG)):
+        increments.append(output)
+        if number == 5:
+            others += llm.generate("there", GREEDY)
+            assert llm.engine.has_requests, "the stream's request goes on after it"
+        if number == 10:
+            others += added(llm.stream("there", GREEDY))
+    assert plain(added(increments)) == expected
+    assert plain(others) == plain(llm.generate("there", GREEDY)) * 2
+
+
+def test_a_stream_that_ends_during_another_call_is_told_of_it(llm: LLM) -> None:
+    stream = llm.stream("there", GREEDY)
+    first = next(stream)
+    llm.generate("Hello", LONG)
+    assert not llm.engine.has_requests
+    assert plain(added([first, *stream])) == plain(llm.generate("there", GREEDY))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_caller_may_abort_a_request(llm: LLM, own: bool) -> None:
+    increments: list[RequestOutput] = []
+    aborted = None
+    for output in llm.stream(["Hello", "there"], LONG):
+        increments.append(output)
+        others = {one.request_id for one in increments} - {output.request_id}
+        if others and not aborted:
+            aborted = llm.engine.abort(output.request_id if own else others.pop())
+    reasons = [output.outputs[0].finish_reason for output in added(increments)]
+    assert sorted(map(str, reasons)) == ["abort", "length"]
+    assert_idle(llm)
+
+
+def test_a_closed_llm_ends_its_streams(folder: Path) -> None:
+    with LLM(str(folder), kv_cache_tokens=256, max_model_len=256) as llm:
+        stream = llm.stream("Hello", LONG)
+        next(stream)
+    with pytest.raises(EngineStoppedError, match="make a new one"):
+        next(stream)
+    assert not llm.engine.has_requests
+
+
+def test_a_failing_step_stops_the_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> list[Group]:
+        raise RankFailedError("rank 0 failed")
+
+    with LLM(str(folder), kv_cache_tokens=256, max_model_len=256) as llm:
+        monkeypatch.setattr(llm.engine, "step", fail)
+        with pytest.raises(RankFailedError, match="rank 0 failed"):
+            list(llm.stream("Hello", LONG))
+        with pytest.raises(EngineStoppedError, match="make a new one"):
+            llm.generate("Hello", LONG)
+
+
+def test_progress_is_shown_until_the_first_output(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Spy(contextlib.nullcontext[Any]):
+        def __init__(self, _: object, *, enabled: bool) -> None:
+            super().__init__(self)
+            events.append(f"enabled={enabled}")
+
+        def update(self) -> None:
+            events.append("update")
+
+        def hide(self) -> None:
+            events.append("hide")
+
+    monkeypatch.setattr(longspan.llm, "Progress", Spy)
+    stream = llm.stream({"prompt_token_ids": [5] * 100}, GREEDY, use_tqdm=True)
+    next(stream)
+    stream.close()
+    assert events[0] == "enabled=True"
+    assert events[1:] == ["update"] * (len(events) - 2) + ["hide"]
+    events.clear()
+    next(llm.stream("Hello", GREEDY))
+    assert events[0] == "enabled=False"
 
 
 def test_messages_that_the_chat_template_cannot_take(

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import longspan.progress
 from longspan.config import EngineConfig
+from longspan.cost.model import CPU_THREAD
 from longspan.engine.engine import Engine, KVUsage
 from longspan.models import ModelSpec
 from longspan.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -28,6 +29,7 @@ SPEC = ModelSpec(
     max_model_len=100_000,
     eos_token_ids=(0,),
     dtype="float32",
+    num_active_parameters=1000,
 )
 
 
@@ -36,14 +38,19 @@ class Ranks:
 
     def __init__(self, num_ranks: int, seconds: float = 0.0) -> None:
         self.num_pages = (627,) * num_ranks
+        self.rates = CPU_THREAD
         self._seconds = seconds
+        self._done: dict[int, RankResult] = {}
 
-    def execute(self, plans: Mapping[int, RankPlan]) -> dict[int, RankResult]:
+    def start(self, plans: Mapping[int, RankPlan]) -> None:
+        for rank, plan in plans.items():
+            drawn = tuple(Sampled(sampling.request_id, 7) for sampling in plan.samplings)
+            self._done[rank] = RankResult(drawn, {})
+
+    def wait(self, timeout: float | None = None) -> dict[int, RankResult]:
         time.sleep(self._seconds)
-        return {
-            rank: RankResult(tuple(Sampled(s.request_id, 7) for s in plan.samplings), {})
-            for rank, plan in plans.items()
-        }
+        done, self._done = self._done, {}
+        return done
 
     def close(self) -> None:
         pass
@@ -212,6 +219,38 @@ def test_the_screen_is_left_in_order_after_an_error(
     written = terminal.getvalue()
     time.sleep(0.4)
     assert terminal.getvalue() == written, "nothing is drawn any more"
+
+
+def test_hidden_bars_leave_the_screen_to_others(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(longspan.progress, "PATIENCE_SECONDS", 0.0)
+    with Progress(engine()) as progress:
+        time.sleep(0.3)
+        assert "0 of 24,000 tokens" in terminal.getvalue()
+        progress.hide()
+        shown = terminal.getvalue()
+        assert shown.endswith("\x1b[1A\x1b[2K" * 2), "the lines of the bars are cleared"
+        progress.update()
+        progress.hide()
+        time.sleep(0.3)
+    assert terminal.getvalue() == shown
+
+
+def test_bars_that_are_hidden_early_never_come(terminal: Terminal) -> None:
+    with Progress(engine()) as progress:
+        progress.hide()
+    assert terminal.getvalue() == ""
+
+
+def test_hiding_leaves_the_lines_of_a_pipe(
+    pipe: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(longspan.progress, "LINE_SECONDS", 0.0)
+    with Progress(engine()) as progress:
+        progress.hide()
+        progress.update()
+    assert pipe.getvalue().startswith("longspan: prompt 0 of 24,000 tokens")
 
 
 @pytest.mark.parametrize("forced", ["", "1"])

@@ -8,7 +8,10 @@ import reference
 
 from longspan import LLM, SamplingParams
 from longspan.cost.strategy import KVShape, exchanged_bytes
-from longspan.plan import Traffic
+from longspan.engine.step import Step
+from longspan.plan import RankResult, Traffic
+
+PAGE_SIZE = 16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -22,6 +25,7 @@ def test_every_step_sends_what_its_segments_need(
         attention_strategy=strategy,
         dtype=dtype,
         kv_cache_tokens=600,
+        page_size=PAGE_SIZE,
         max_num_batched_tokens=64,
         min_tokens_per_rank=64,
         distributed_executor_backend="uni",
@@ -32,24 +36,42 @@ def test_every_step_sends_what_its_segments_need(
             engine.add_request(reference.prompt(length), params)
         shared = 0
         while engine.has_requests:
-            step = engine.scheduler.schedule()
-            results = engine.executor.execute(step.plans)
-            engine.scheduler.update(step, results.values())
-            sent: dict[str, int] = {}
-            for result in results.values():
-                for name, traffic in result.traffic.items():
-                    assert_calls(traffic, name, shape.num_layers, len(results))
-                    sent[name] = sent.get(name, 0) + traffic.bytes
-            expected: dict[str, int] = {}
-            for chunk in step.chunks:
-                segment = chunk.segment
-                if segment.strategy != "local":
-                    each_layer = exchanged_bytes(segment.strategy, segment.shards, shape)
-                    expected.setdefault(segment.strategy, 0)
-                    expected[segment.strategy] += shape.num_layers * each_layer
-            assert sent == expected
-            shared += bool(expected)
+            steps = engine.scheduler.schedule()
+            results: dict[int, RankResult] = {}
+            for step in steps:
+                engine.executor.start(step.plans)
+                while not step.plans.keys() <= results.keys():
+                    results |= engine.executor.wait()
+            engine.scheduler.update(results)
+            for step in steps:
+                expected = expected_bytes(step, shape)
+                assert sent_bytes(step, shape) == expected
+                shared += bool(expected)
     assert shared > 5
+
+
+def sent_bytes(step: Step, shape: KVShape) -> dict[str, int]:
+    sent: dict[str, int] = {}
+    for result in step.results.values():
+        for name, traffic in result.traffic.items():
+            if name != "move":
+                assert_calls(traffic, name, shape.num_layers, len(step.plans))
+            sent[name] = sent.get(name, 0) + traffic.bytes
+    return sent
+
+
+def expected_bytes(step: Step, shape: KVShape) -> dict[str, int]:
+    expected: dict[str, int] = {}
+    for chunk in step.chunks:
+        segment = chunk.segment
+        if segment.strategy != "local":
+            each_layer = exchanged_bytes(segment.strategy, segment.shards, shape)
+            expected.setdefault(segment.strategy, 0)
+            expected[segment.strategy] += shape.num_layers * each_layer
+    moved = sum(len(gathering.places) for gathering in step.gatherings)
+    if moved:
+        expected["move"] = moved * PAGE_SIZE * shape.token_bytes
+    return expected
 
 
 def assert_calls(traffic: Traffic, strategy: str, layers: int, ranks: int) -> None:
