@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test lint format demo bench clean
+.PHONY: install test soak lint format demo bench clean
 
 install: .venv/installed
 
@@ -17,6 +17,10 @@ install: .venv/installed
 test: lint
 	$(BIN)/python -m pytest
 
+# Ten times the steps of the tests' invariants; takes some ten minutes.
+soak: install
+	LONGSPAN_SOAK_STEPS=1000000 $(BIN)/python -m pytest -s -o timeout=0 tests/engine/test_invariants.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,9 +33,12 @@ format: install
 demo: install
 	$(BIN)/longspan demo
 
-# Not part of the tests: takes minutes, and wants a machine that does nothing else.
-bench: install
-	$(BIN)/python benchmarks/generate.py
+# Not part of the tests: takes minutes each, and wants a machine that does nothing else.
+# One of them: `make bench-growth`; its options: `make bench-growth ARGS='--repeats 5'`.
+bench: bench-generate bench-elasticity bench-growth bench-scheduling bench-simulate
+
+bench-%: install
+	$(BIN)/python benchmarks/$*.py $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -9,9 +9,6 @@ turns, `--repeats` times; figures are medians. The last line is one JSON documen
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +16,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from common import finish
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-import longspan
 from longspan import LLM, SamplingParams
 from longspan.demo import model_path, text
 
@@ -113,13 +110,6 @@ def demo_tokens() -> list[int]:
     return AutoTokenizer.from_pretrained(model_path()).encode(text(), verbose=False)
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 24000])
@@ -129,16 +119,8 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable_progress_bar()
     print(f"{'engine':14} {'tokens':>7} {'TTFT s':>9} {'TPOT ms':>9}")
-    document = {
-        "benchmark": "generate",
-        "longspan": longspan.__version__,
-        "torch": torch.__version__,
-        "machine": machine(),
-        "rows": measure(options.lengths, options.ranks, options.repeats),
-    }
-    if options.output:
-        options.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+    rows = measure(options.lengths, options.ranks, options.repeats)
+    finish("generate", rows, options.output)
 
 
 if __name__ == "__main__":
