@@ -19,16 +19,28 @@ MAX_FUNCTION_LINES = 45
 
 TENSORS = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy"}
 
-DECIDING = ("longspan.engine", "longspan.cost", "longspan.config", "longspan.errors")
+DECIDING = (
+    "longspan.engine",
+    "longspan.cost",
+    "longspan.config",
+    "longspan.errors",
+    "longspan.topology",
+)
 """Packages that decide, or that others are told by; they know of no tensors."""
 
 MAY_IMPORT = {
     "longspan.attention": ("longspan.attention",),
-    "longspan.parallel": ("longspan.parallel", "longspan.attention", "longspan.plan"),
-    "longspan.cost": ("longspan.cost", "longspan.plan", "longspan.errors"),
+    "longspan.parallel": (
+        "longspan.parallel",
+        "longspan.attention",
+        "longspan.plan",
+        "longspan.topology",
+    ),
+    "longspan.cost": ("longspan.cost", "longspan.plan", "longspan.errors", "longspan.topology"),
     "longspan.cost.simulate": (
         "longspan.cost",
         "longspan.plan",
+        "longspan.topology",
         "longspan.errors",
         "longspan.engine",
         "longspan.config",

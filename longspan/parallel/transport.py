@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan.plan import Traffic
+from longspan.topology import Topology
 
 Message = tuple[int, Tensor]
 Wait = Callable[[], None]
@@ -23,9 +24,10 @@ class Transport(ABC):
     size beforehand. A message of no bytes is not sent, on either side.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, topology: Topology) -> None:
         self.rank = rank
-        self.size = size
+        self.size = topology.num_ranks
+        self.topology = topology
         self._traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
 
     def exchange(self, label: str, sends: Sequence[Message], receives: Sequence[Message]) -> Wait:
@@ -57,8 +59,11 @@ class Transport(ABC):
 class TorchTransport(Transport):
     """Ranks are the processes of a `torch.distributed` group: gloo on CPU, NCCL on CUDA."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, topology: Topology | None = None
+    ) -> None:
+        topology = topology or Topology.of_hosts([dist.get_world_size(group)])
+        super().__init__(dist.get_rank(group), topology)
         self._group = group
         self._peers = dist.get_process_group_ranks(group or dist.group.WORLD)
 
@@ -84,10 +89,11 @@ class ThreadTransport(Transport):
     def __init__(
         self,
         rank: int,
+        topology: Topology,
         mailboxes: list[list["queue.SimpleQueue[Tensor]"]],
         stopped: threading.Event,
     ) -> None:
-        super().__init__(rank, len(mailboxes))
+        super().__init__(rank, topology)
         self._mailboxes = mailboxes
         self._stopped = stopped
         self._expected = [0] * len(mailboxes)
@@ -95,12 +101,13 @@ class ThreadTransport(Transport):
         self._arrived: list[dict[int, Tensor]] = [{} for _ in mailboxes]
 
     @classmethod
-    def connect(cls, size: int) -> list["ThreadTransport"]:
+    def connect(cls, topology: Topology) -> list["ThreadTransport"]:
+        size = topology.num_ranks
         mailboxes: list[list[queue.SimpleQueue[Tensor]]] = [
             [queue.SimpleQueue() for _ in range(size)] for _ in range(size)
         ]
         stopped = threading.Event()
-        return [cls(rank, mailboxes, stopped) for rank in range(size)]
+        return [cls(rank, topology, mailboxes, stopped) for rank in range(size)]
 
     def stop(self) -> None:
         """Make every rank's waits fail, so that no thread waits for one that has failed."""

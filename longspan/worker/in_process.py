@@ -12,6 +12,7 @@ from longspan.errors import EngineStoppedError, RankFailedError
 from longspan.models import ModelSpec
 from longspan.parallel.transport import ThreadTransport
 from longspan.plan import RankPlan, RankResult
+from longspan.topology import Topology
 from longspan.worker.launch import device_of, rates_of
 from longspan.worker.model_runner import ModelRunner
 
@@ -20,7 +21,7 @@ class InProcessExecutor:
     """Runs each rank in a thread of its own, a single rank in the caller's, when it waits."""
 
     def __init__(self, config: EngineConfig, spec: ModelSpec) -> None:
-        self._transports = ThreadTransport.connect(config.num_ranks)
+        self._transports = ThreadTransport.connect(Topology.of_hosts([config.num_ranks]))
         self._threads = ThreadPoolExecutor(config.num_ranks, thread_name_prefix="longspan-rank")
         self._at_work: dict[Future[RankResult], int] = {}
         self._plan_of_single: RankPlan | None = None

@@ -8,6 +8,7 @@ from longspan.config import EngineConfig
 from longspan.cost.model import CPU_THREAD, CUDA, Rates
 from longspan.errors import ConfigError
 from longspan.parallel.transport import ThreadTransport, TorchTransport, Transport
+from longspan.topology import Topology
 from longspan.worker.channel import Start
 from longspan.worker.model_runner import ModelRunner
 
@@ -46,7 +47,7 @@ def rates_of(device: torch.device) -> Rates:
 def _connect(start: Start, device: torch.device) -> Transport:
     size = start.config.num_ranks
     if size == 1:
-        return ThreadTransport.connect(1)[0]
+        return ThreadTransport.connect(Topology.of_hosts([1]))[0]
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)

@@ -16,6 +16,7 @@ from longspan.parallel.exchange import Exchange, LayerExchange
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.transport import ThreadTransport, Transport
 from longspan.plan import Run, Segment, Shard, Strategy
+from longspan.topology import Topology
 
 torch.set_num_threads(1)
 
@@ -26,9 +27,13 @@ Result = TypeVar("Result")
 Runs = tuple[Run, ...]
 
 
-def run_fleet(size: int, work: Callable[[Transport], Result]) -> list[Result]:
-    """What `work` returns on each of `size` ranks, which run at once; or the first error."""
-    transports = ThreadTransport.connect(size)
+def run_fleet(fleet: int | Topology, work: Callable[[Transport], Result]) -> list[Result]:
+    """What `work` returns on each rank, which run at once; or the first error.
+
+    `fleet` is a topology, or the number of ranks of one host.
+    """
+    topology = Topology.of_hosts([fleet]) if isinstance(fleet, int) else fleet
+    transports = ThreadTransport.connect(topology)
     errors: list[BaseException] = []
 
     def guarded(transport: Transport) -> Result:
@@ -40,7 +45,7 @@ def run_fleet(size: int, work: Callable[[Transport], Result]) -> list[Result]:
                 each.stop()
             raise
 
-    with ThreadPoolExecutor(size) as threads:
+    with ThreadPoolExecutor(topology.num_ranks) as threads:
         futures = [threads.submit(guarded, transport) for transport in transports]
     if errors:
         raise errors[0]
