@@ -11,6 +11,7 @@ from collections import Counter
 from itertools import count
 from random import Random
 
+import pytest
 from audit import FAST_LINKS, SLOW, Arrival, Fleet, Service
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
@@ -68,6 +69,7 @@ def crowd(fleet: Fleet, number: int, seed: int) -> list[Arrival]:
     ]
 
 
+@pytest.mark.timeout(1200)  # a minute or two, but on a busy machine several times that
 def test_no_invariant_breaks_in_a_hundred_thousand_steps() -> None:
     seen: Counter[str] = Counter()
 
