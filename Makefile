@@ -19,7 +19,7 @@ test: lint
 
 # Ten times the steps of the tests' invariants; takes some ten minutes.
 soak: install
-	LONGSPAN_SOAK_STEPS=1000000 $(BIN)/python -m pytest -s -o timeout=0 tests/engine/test_invariants.py
+	LONGSPAN_SOAK_STEPS=1000000 $(BIN)/python -m pytest -s tests/engine/test_invariants.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -69,7 +69,7 @@ def crowd(fleet: Fleet, number: int, seed: int) -> list[Arrival]:
     ]
 
 
-@pytest.mark.timeout(1200)  # a minute or two, but on a busy machine several times that
+@pytest.mark.timeout(STEPS // 100)  # it takes a minute or two, on a busy machine several times that
 def test_no_invariant_breaks_in_a_hundred_thousand_steps() -> None:
     seen: Counter[str] = Counter()
 
