@@ -108,11 +108,11 @@ class Draft:
             )
             tokens = self.cost.tokens_within(max(seconds, 0.0), request.num_computed, degree)
         most = max(-(-tokens // degree), self.page_size)
-        return {
-            rank: min(max(left // shares[rank], min(self.page_size, left)), most)
-            for rank in request.ranks
-            for left in (self.tokens[rank],)
-        }
+        budgets = {}
+        for rank in request.ranks:
+            left = self.tokens[rank]
+            budgets[rank] = min(max(left // shares[rank], min(self.page_size, left)), most)
+        return budgets
 
     def take_prefill(self, chunk: Chunk) -> None:
         request = chunk.request
