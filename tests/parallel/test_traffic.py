@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longspan.cost.strategy import Calls, KVShape, Sent, num_calls, sent_bytes
+from longspan.cost.strategy import KVShape, Sent, num_calls, sent_bytes
 from longspan.engine.shard import zigzag
 from longspan.parallel.transport import Transport
 from longspan.plan import Run, Strategy, Traffic
@@ -298,19 +298,6 @@ def test_keys_cross_no_further_than_the_last_host_with_queries() -> None:
         Sent(kv_bytes(20 + 40, shape), 0),
         Sent(0, kv_bytes(50, shape)),
     ]
-
-
-def test_calls_that_cross_hosts_are_counted_apart() -> None:
-    topology = Topology.of_hosts([3, 1, 2])
-    everyone, one_host, one_each = range(6), [4, 5], [0, 3, 5]
-    assert num_calls("pass_kv", everyone, topology) == Calls(near=3 * 2, far=2)
-    assert num_calls("pass_kv", one_host, topology) == Calls(near=1, far=0)
-    assert num_calls("gather_kv", everyone, topology) == Calls(near=0, far=1)
-    assert num_calls("pass_q", everyone, topology) == Calls(near=0, far=2)
-    assert num_calls("pass_q", one_host, topology) == Calls(near=2, far=0)
-    assert num_calls("tree", everyone, topology) == Calls(near=2, far=2)
-    assert num_calls("tree", one_host, topology) == Calls(near=2, far=0)
-    assert num_calls("tree", one_each, topology) == Calls(near=0, far=2)
 
 
 def exchange_two_numbers(transport: Transport) -> dict[str, Traffic]:
