@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -99,34 +100,36 @@ def sent_bytes(
     return _queries(hosts, shape.asked_bytes, shape.answered_bytes)
 
 
-class _Host(NamedTuple):
-    """The shards of one host: their ranks, and the queries and keys on each."""
+@dataclass(slots=True)
+class _Host:
+    """The shards of one host: their ranks, the queries and keys on each, and how many these are.
 
-    ranks: list[int]
-    asked: list[int]
-    held: list[int]
+    `new` are its queries, `askers` and `holders` its ranks with queries and with keys.
+    """
 
-    @property
-    def new(self) -> int:
-        return sum(self.asked)
+    ranks: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+    new: int = 0
+    askers: int = 0
+    holders: int = 0
 
-    @property
-    def askers(self) -> int:
-        return sum(1 for queries in self.asked if queries)
-
-    @property
-    def holders(self) -> int:
-        return sum(1 for keys in self.held if keys)
+    def add(self, shard: Shard) -> None:
+        queries, keys = shard.num_queries, shard.num_keys
+        self.ranks.append(shard.rank)
+        self.asked.append(queries)
+        self.held.append(keys)
+        self.new += queries
+        self.askers += bool(queries)
+        self.holders += bool(keys)
 
 
 def _by_host(shards: Sequence[Shard], topology: Topology) -> list[_Host]:
     hosts: dict[int, _Host] = {}
     for shard in shards:
         number = topology.hosts[shard.rank]
-        host = hosts.get(number) or hosts.setdefault(number, _Host([], [], []))
-        host.ranks.append(shard.rank)
-        host.asked.append(shard.num_queries)
-        host.held.append(shard.num_keys)
+        host = hosts.get(number) or hosts.setdefault(number, _Host())
+        host.add(shard)
     return list(hosts.values())
 
 
@@ -163,7 +166,7 @@ def _tree(hosts: Sequence[_Host], asked: int, answered: int) -> list[Sent]:
     sent = []
     for host in hosts:
         holders, relayed = host.holders, _relayed(host, hosts)
-        for rank, queries, keys in zip(*host, strict=True):
+        for rank, queries, keys in zip(host.ranks, host.asked, host.held, strict=True):
             relays = relayed.get(rank, 0)
             to_near = (queries * (holders - bool(keys)) + relays * max(holders - 1, 0)) * asked
             to_far = queries * (holding_hosts - bool(holders)) * asked + relays * answered
@@ -178,7 +181,7 @@ def _relayed(host: _Host, hosts: Sequence[_Host]) -> dict[int, int]:
     holders = [rank for rank, keys in zip(host.ranks, host.held, strict=True) if keys]
     relayed = dict.fromkeys(holders, 0)
     for other in hosts:
-        if other is not host and holders:
+        if other is not host and other.new and holders:
             for rank, queries in zip(other.ranks, other.asked, strict=True):
                 relayed[holders[rank % len(holders)]] += queries
     return relayed
