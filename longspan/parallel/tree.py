@@ -9,7 +9,7 @@ def tree(layer: LayerExchange) -> Job:
 
     A query goes once to each other host with keys, and one state comes back from it: with N hosts
     of r ranks a rank sends for even shares `(N - 1) * T / R` queries and as many states to other
-    hosts, where pass-Q sends r times as many. What it sends inside its host is less than
-    `2 * r` times that. On one host it is pass-Q, message by message.
+    hosts, where pass-Q sends r times as many; inside its host it sends so much more. On one host it
+    is pass-Q, message by message.
     """
     return ask(layer, "tree", layer.exchange.host_routes)

@@ -228,6 +228,15 @@ def test_even_shares_send_over_any_hosts_what_the_formulas_say(
     assert calls == rounds if len(set(hosts)) == 1 else calls <= rounds
 
 
+@pytest.mark.parametrize("hosts", [(1, 1), (2, 2), (3, 3), (2, 2, 2, 2)], ids=str)
+def test_tree_sends_few_messages_over_even_hosts(hosts: Sequence[int]) -> None:
+    """2 (N - 1) to other hosts' gateways and back, 4 (r - 1) inside the host."""
+    topology = Topology.of_hosts(hosts)
+    counted = traffic_of(topology, [even(topology.num_ranks, 10, 6)], "tree", Shape())
+    messages = 2 * (len(hosts) - 1) + 4 * (hosts[0] - 1)
+    assert [traffic.messages for traffic in counted] == [messages] * topology.num_ranks
+
+
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Topology, list[Request]]:
     """Requests with shares on the same ranks, as those have that go round one ring."""
