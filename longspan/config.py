@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeGuard, get_args
 from longspan.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Strategy = Literal["auto", "pass_kv", "gather_kv", "pass_q"]
+Strategy = Literal["auto", "pass_kv", "gather_kv", "pass_q", "tree"]
 Backend = Literal["mp", "uni"]
 
 

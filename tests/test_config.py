@@ -22,7 +22,7 @@ COUNTS = (
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
-    "attention_strategy": ("auto", "pass_kv", "gather_kv", "pass_q"),
+    "attention_strategy": ("auto", "pass_kv", "gather_kv", "pass_q", "tree"),
     "distributed_executor_backend": (None, "mp", "uni"),
 }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from longspan.cost.strategy import KVShape, choose, num_calls, seen_keys, sent_bytes
 from longspan.plan import Segment, Shard, Strategy
+from longspan.topology import Topology
 
 if TYPE_CHECKING:
     from longspan.models import ModelSpec
@@ -167,13 +168,14 @@ class CostModel:
         shards, strategy = segment.shards, segment.strategy
         ring = tuple(shard.rank for shard in shards)
         key = strategy, ring if strategy == "pass_kv" else ()
-        calls = num_calls(strategy, len(ring))
+        one_host = Topology.of_hosts([1 + ring[-1]])
+        calls = num_calls(strategy, ring, one_host).near
         seen = seen_keys(strategy, shards)
-        sent = sent_bytes(strategy, shards, self.shape)
+        sent = sent_bytes(strategy, shards, self.shape, one_host)
         for shard, (pairs, keys), out in zip(shards, seen, sent, strict=True):
             part = parts.get(shard.rank) or parts.setdefault(shard.rank, _Part())
             part.tokens += shard.num_queries
-            part.seconds += max(self._pair * pairs, self._key * keys) + self._sent_byte * out
+            part.seconds += max(self._pair * pairs, self._key * keys) + self._sent_byte * out.near
             if calls:
                 part.calls[key] = calls
 
@@ -211,13 +213,14 @@ class CostModel:
         pairs = token + square * (2 * cached + 1)
         if degree == 1:
             return [(_Curve(square, pairs, 0.0), _Curve(0.0, token + key, key * cached))]
-        calls = self._call * num_calls("pass_kv", degree)
+        one_host = Topology.of_hosts([degree])
+        calls = self._call * num_calls("pass_kv", range(degree), one_host).near
         sent = self._sent_key * (degree - 1) / degree
         pass_kv = (
             _Curve(square, pairs + sent, calls + sent * cached),
             _Curve(0.0, token + key + sent, calls + (key + sent) * cached),
         )
-        calls = self._call * num_calls("pass_q", degree)
+        calls = self._call * num_calls("pass_q", range(degree), one_host).near
         sent, key = self._sent_query * (degree - 1) / degree, key / degree
         pass_q = (
             _Curve(square, pairs + sent, calls),

@@ -207,6 +207,7 @@ class Engine:
                 total.calls += sent.calls
                 total.messages += sent.messages
                 total.bytes += sent.bytes
+                total.far_bytes += sent.far_bytes
 
 
 def _mixed(seed: int, stream: int, index: int) -> int:

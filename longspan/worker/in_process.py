@@ -18,10 +18,18 @@ from longspan.worker.model_runner import ModelRunner
 
 
 class InProcessExecutor:
-    """Runs each rank in a thread of its own, a single rank in the caller's, when it waits."""
+    """Runs each rank in a thread of its own, a single rank in the caller's, when it waits.
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec) -> None:
-        self._transports = ThreadTransport.connect(Topology.of_hosts([config.num_ranks]))
+    `topology` places the ranks on hosts, of which each is but a part of this one: their strategies
+    are then those of several. By default it is one host.
+    """
+
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, topology: Topology | None = None
+    ) -> None:
+        topology = topology or Topology.of_hosts([config.num_ranks])
+        assert topology.num_ranks == config.num_ranks, (topology, config.num_ranks)
+        self._transports = ThreadTransport.connect(topology)
         self._threads = ThreadPoolExecutor(config.num_ranks, thread_name_prefix="longspan-rank")
         self._at_work: dict[Future[RankResult], int] = {}
         self._plan_of_single: RankPlan | None = None

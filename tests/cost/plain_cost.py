@@ -6,6 +6,7 @@ from typing import NamedTuple
 from longspan.cost.model import Rates
 from longspan.cost.strategy import KVShape, num_calls
 from longspan.plan import Segment, Shard
+from longspan.topology import Topology
 
 
 class PlainCost(NamedTuple):
@@ -30,7 +31,8 @@ class PlainCost(NamedTuple):
             ring = tuple(shard.rank for shard in segment.shards)
             if len(ring) > 1:
                 key = segment.strategy, ring if segment.strategy == "pass_kv" else ()
-                calls[key] = num_calls(segment.strategy, len(ring))
+                one_host = Topology.of_hosts([1 + ring[-1]])
+                calls[key] = num_calls(segment.strategy, ring, one_host).near
         seconds = rates.step_seconds
         if tokens:
             seconds += weights * self.shape.itemsize / rates.memory_bytes
@@ -40,9 +42,10 @@ class PlainCost(NamedTuple):
         return seconds + layers * rates.link_seconds * sum(calls.values())
 
     def attention_seconds(self, rank: int, segment: Segment) -> float:
-        """One rank's queries over all keys; for pass-Q, all ranks' queries over its keys."""
+        """One rank's queries over all keys; for pass-Q and tree, all ranks' over its keys."""
         shape, own, shards = self.shape, (segment.shard(rank),), segment.shards
-        asking, holding = (shards, own) if segment.strategy == "pass_q" else (own, shards)
+        by_queries = segment.strategy in ("pass_q", "tree")
+        asking, holding = (shards, own) if by_queries else (own, shards)
         if not any(shard.num_queries for shard in asking):
             return 0.0
         pairs = sum(num_pairs(query, key) for query in asking for key in holding)
@@ -67,7 +70,7 @@ def sent_bytes(segment: Segment, rank: int, shape: KVShape) -> int:
     others = [shard for shard in segment.shards if shard.rank != rank]
     if segment.strategy == "local":
         return 0
-    if segment.strategy == "pass_q":
+    if segment.strategy in ("pass_q", "tree"):
         asked = own.num_queries * sum(1 for shard in others if shard.num_keys)
         answered = sum(shard.num_queries for shard in others) if own.num_keys else 0
         return asked * shape.asked_bytes + answered * shape.answered_bytes

@@ -129,7 +129,7 @@ def segments(draw: Callable[[st.SearchStrategy], object]) -> list[Segment]:
             length = draw(st.integers(1, 40))
             runs[draw(st.sampled_from(ranks))].append(Run(position, length))
             position += length
-        strategies: list[Strategy] = ["pass_kv", "gather_kv", "pass_q"]
+        strategies: list[Strategy] = ["pass_kv", "gather_kv", "pass_q", "tree"]
         strategy = draw(st.sampled_from(strategies)) if len(ranks) > 1 else "local"
         shards = tuple(
             Shard(rank, tuple(runs[rank]), draw(st.integers(0, 300)), tuple(runs[rank]))
@@ -190,7 +190,7 @@ def test_every_pair_is_counted_once_whoever_computes_it(
     one = free.prefill_seconds(1, 0, 1)
     new = len(owners)
     pairs = new * size * cached + new * (new + 1) // 2
-    strategies: tuple[Strategy, ...] = ("pass_kv", "gather_kv", "pass_q")
+    strategies: tuple[Strategy, ...] = ("pass_kv", "gather_kv", "pass_q", "tree")
     for strategy in strategies:
         seconds = free.step_seconds([segment(strategy, *shards)])
         assert sum(seconds.values()) == pytest.approx(pairs * one)

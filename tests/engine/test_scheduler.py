@@ -8,7 +8,7 @@ every token depend on all keys before it (see `simulated.py`).
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from audit import FAST_LINKS, SLOW, Arrival, Fleet, Service, alone, parts, some_tokens
@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import simulated_engine
 
+from longspan.config import Strategy as AttentionStrategy
 from longspan.cost.model import CPU_THREAD
 from longspan.errors import InvalidRequestError
 from longspan.outputs import CompletionOutput
@@ -36,7 +37,7 @@ def fleets(draw: st.DrawFn) -> Fleet:
             "min_tokens_per_rank": draw(st.sampled_from((None, 1, 5, 16, 1024))),
             "max_step_time": draw(st.sampled_from((None, 0.2, 0.005))),
             "rates": draw(st.sampled_from((CPU_THREAD, FAST_LINKS, SLOW))),
-            "attention_strategy": draw(st.sampled_from(("auto", "pass_kv", "gather_kv", "pass_q"))),
+            "attention_strategy": draw(st.sampled_from(get_args(AttentionStrategy))),
         },
     )
 
@@ -172,7 +173,7 @@ def test_requests_on_one_rank_each_share_nothing() -> None:
     assert [sum(each) for each in zip(*ranks, strict=True)] == [3, 3, 3]
 
 
-@pytest.mark.parametrize("strategy", ["pass_kv", "gather_kv", "pass_q"])
+@pytest.mark.parametrize("strategy", ["pass_kv", "gather_kv", "pass_q", "tree"])
 def test_a_forced_strategy_is_taken_wherever_keys_are_shared(strategy: str) -> None:
     """The audit of each step says so too; here it is certain that some keys are."""
     fleet = Fleet((9, 9), 4, {"attention_strategy": strategy, "min_tokens_per_rank": 16})

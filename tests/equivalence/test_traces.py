@@ -89,7 +89,7 @@ def traces(draw: st.DrawFn, ranks: int) -> Trace:
         "max_num_batched_tokens": draw(st.sampled_from((24, 160, 2048))),
         "max_step_time": draw(st.sampled_from((None, 0.05))),
         "min_tokens_per_rank": draw(st.sampled_from((None, 16, 300))),
-        "attention_strategy": draw(st.sampled_from(("auto", "auto", "pass_kv", "pass_q"))),
+        "attention_strategy": draw(st.sampled_from(("auto", "auto", "pass_kv", "pass_q", "tree"))),
     }
     return Trace(options, draw(st.sampled_from((CPU_THREAD, FAST_LINKS, SLOW))), coming)
 
