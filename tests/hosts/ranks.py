@@ -124,14 +124,21 @@ def serve(connection: Connection, rank: int, sizes: Sequence[int], store: str) -
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=sum(sizes))
     transport = TorchTransport(topology=Topology.of_hosts(sizes))
-    while True:
-        module, name, arguments = pickle.loads(connection.recv_bytes())
+    while message := _next(connection):
+        module, name, arguments = pickle.loads(message)
         try:
             work = getattr(importlib.import_module(module), name)
             answer = work(transport, *arguments), None
         except Exception:
             answer = None, traceback.format_exc()
         connection.send_bytes(pickle.dumps(answer))
+
+
+def _next(connection: Connection) -> bytes:
+    try:
+        return connection.recv_bytes()
+    except EOFError:
+        return b""
 
 
 def end_with(connection: Connection) -> None:
