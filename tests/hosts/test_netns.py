@@ -14,6 +14,8 @@ import pytest
 from netns import Hosts
 from ranks import Ranks
 
+from longspan.parallel.transport import Transport
+
 LISTEN = """
 import socket, sys, time
 server = socket.create_server(("0.0.0.0", 0))
@@ -194,34 +196,28 @@ def test_what_the_kernel_refuses_is_the_reason() -> None:
     assert reason.startswith("not possible here: + true; + ip link add one type no-such-kind; ")
 
 
-def pid(transport: object) -> int:
-    return os.getpid()
+def who(transport: Transport) -> tuple[int, int, int, str]:
+    rank = transport.rank
+    return rank, transport.topology.hosts[rank], os.getpid(), os.readlink("/proc/self/ns/net")
 
 
-def who(transport: object, question: str) -> tuple[int, int, str]:
-    namespace = os.readlink("/proc/self/ns/net")
-    return transport.rank, transport.topology.hosts[transport.rank], question + namespace
-
-
-def fail(transport: object) -> None:
+def fail(transport: Transport) -> None:
     if transport.rank == 1:
         raise ArithmeticError("rank 1 is broken")
-    time.sleep(1000)
 
 
 def test_ranks_are_on_their_hosts_and_fail_by_name() -> None:
-    with Hosts(2) as hosts:
+    with Hosts(2) as hosts, Ranks((2, 1), hosts) as ranks:
         one, other = (os.readlink(f"/proc/{host.pid}/ns/net") for host in hosts)
-        with Ranks((2, 1), hosts) as ranks:
-            assert ranks.run(who, "?") == [
-                (0, 0, "?" + one),
-                (1, 0, "?" + one),
-                (2, 1, "?" + other),
-            ]
-            os.kill(ranks.run(pid)[2], signal.SIGKILL)
-            with pytest.raises(RuntimeError, match="rank 2 is dead"):
-                ranks.run(who, "?")
-    with Ranks((2,)) as ranks:
-        assert [rank for rank, _, _ in ranks.run(who, "")] == [0, 1]
+        found = ranks.run(who)
+        assert [rank for rank, *_ in found] == [0, 1, 2]
+        assert [(host, namespace) for _, host, _, namespace in found] == [
+            (0, one),
+            (0, one),
+            (1, other),
+        ]
         with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*ArithmeticError: rank 1 is broken"):
             ranks.run(fail)
+        os.kill(found[2][2], signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="rank 2 is dead"):
+            ranks.run(who)
