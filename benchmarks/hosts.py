@@ -20,27 +20,20 @@ import argparse
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from common import build_model, finish, print_table, verdict
-from fleets import fleet, unavailable
-from transformers.utils import logging
+from fleets import PAGE_SIZE, fleet, runner, unavailable
 
-from longspan.config import EngineConfig
-from longspan.models import load_spec
 from longspan.parallel.transport import Transport
 from longspan.plan import Extent, Part, RankPlan, Run, Sampling, Segment, Shard
-from longspan.worker.model_runner import ModelRunner
 
 HOSTS = (2, 2)
 RANKS = sum(HOSTS)
 LAYERS = 4
-PAGE = 16
 STRATEGIES = ("local", "pass_q", "tree", "pass_kv")
 RING_TOKENS = 5
 """A ring takes too long for more."""
@@ -49,18 +42,9 @@ Row = dict[str, Any]
 
 
 def load(transport: Transport, folder: str, tokens: int) -> None:
-    """Load the model and fill a pool for so many tokens on each rank, alike on all."""
+    """Make all ranks ready."""
     runner(transport, folder, tokens)
     dist.barrier()
-
-
-@cache
-def runner(transport: Transport, folder: str, tokens: int) -> ModelRunner:
-    logging.disable_progress_bar()
-    config = EngineConfig(model=folder, device="cpu", page_size=PAGE, kv_cache_tokens=tokens)
-    made = ModelRunner(config, load_spec(config), transport, torch.device("cpu"))
-    made.pool.data.normal_(generator=torch.Generator().manual_seed(0))
-    return made
 
 
 def plan_of(strategy: str, context: int, rank: int) -> RankPlan:
@@ -77,10 +61,10 @@ def plan_of(strategy: str, context: int, rank: int) -> RankPlan:
         shards += tuple(Shard(other, (), share, ()) for other in range(1, RANKS))
     segment = Segment("request", strategy, shards)  # type: ignore[arg-type]
     held = shards[rank].num_keys - (rank == 0)
-    extents = (Extent(rank * share // PAGE, held // PAGE),)
+    extents = (Extent(rank * share // PAGE_SIZE, held // PAGE_SIZE),)
     if rank:
         return RankPlan((), (Part(segment, extents),), ())
-    extents += (Extent(context // PAGE, 1),)  # the new token's page
+    extents += (Extent(context // PAGE_SIZE, 1),)  # the new token's page
     return RankPlan((1,), (Part(segment, extents),), (Sampling("request", 0, 0, context + 1, 0.0),))
 
 
@@ -100,7 +84,7 @@ def decode(
 
 
 def measure(gbit: float, contexts: Sequence[int], folder: str, tokens: int) -> list[Row]:
-    room = max(contexts) + PAGE
+    room = max(contexts) + PAGE_SIZE
     rows = []
     with fleet(HOSTS, gbit) as ranks:
         ranks.run(load, folder, room)

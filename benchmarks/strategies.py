@@ -137,8 +137,9 @@ def pool(rank: int) -> KVPool:
     return made
 
 
-def measure(ranks: Ranks, topology: Topology, new: int, cached: int, seconds: float) -> Row:
+def measure(ranks: Ranks, new: int, cached: int, seconds: float) -> Row:
     """One cell: milliseconds of a layer with each strategy, and what is chosen."""
+    topology = ranks.topology
     shards, names = shards_of(new, cached, topology.num_ranks), strategies_of(topology)
     by_rank = ranks.run(turns, shards, names, seconds)
     layers = num_layers(new)
@@ -188,8 +189,7 @@ def main() -> None:
             gbit = None if link == "loopback" else float(link)
             sizes = SPLITS[size] if gbit else (size,)
             with fleet(sizes, gbit) as ranks:
-                topology = Topology.of_hosts(sizes)
-                found = [measure(ranks, topology, *cell, options.seconds) for cell in cells(size)]
+                found = [measure(ranks, *cell, options.seconds) for cell in cells(size)]
             name = f"{link} Gbit/s" if gbit else link
             print(f"{name}, ranks {' + '.join(map(str, sizes))}:")
             print_table(found)

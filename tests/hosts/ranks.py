@@ -20,6 +20,8 @@ from typing import Any
 
 from netns import Hosts
 
+from longspan.topology import Topology
+
 PATIENCE_S = 120.0
 
 
@@ -33,7 +35,8 @@ class Ranks:
 
     def __init__(self, sizes: Sequence[int], hosts: Hosts | None = None) -> None:
         assert hosts is None or len(sizes) == len(hosts), "one size for each host"
-        self.sizes = tuple(sizes)
+        self.topology = topology_of(sizes)
+        self._sizes = ",".join(map(str, sizes))
         self._connections: list[Connection] = []
         self._processes: list[Popen[bytes]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="longspan-ranks-")
@@ -48,7 +51,7 @@ class Ranks:
     def _start(self, host: Any) -> None:
         ours, theirs = Pipe()
         script = [sys.executable, __file__, str(theirs.fileno()), str(len(self._processes))]
-        script += [",".join(map(str, self.sizes)), str(Path(self._folder.name, "store"))]
+        script += [self._sizes, str(Path(self._folder.name, "store"))]
         environment = {
             **os.environ,
             "GLOO_SOCKET_IFNAME": host.device if host else "lo",
@@ -113,17 +116,23 @@ class Ranks:
         self._folder.cleanup()
 
 
+def topology_of(sizes: Sequence[int]) -> Topology:
+    """The CPU of a host is one device, which its ranks share."""
+    return Topology.of_hosts(sizes, shared_device=True)
+
+
 def serve(connection: Connection, rank: int, sizes: Sequence[int], store: str) -> None:
     """One rank: does what it is sent until the connection ends."""
     import torch
     import torch.distributed as dist
 
     from longspan.parallel.transport import TorchTransport
-    from longspan.topology import Topology
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=sum(sizes))
-    transport = TorchTransport(topology=Topology.of_hosts(sizes))
+    topology = topology_of(sizes)
+    size = topology.num_ranks
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    transport = TorchTransport(topology=topology)
     while message := _next(connection):
         module, name, arguments = pickle.loads(message)
         try:
