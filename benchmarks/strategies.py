@@ -12,7 +12,7 @@ the least median, minus one; at best it is 0. Aim: at most 10 % in at least 90 %
 distance between quartiles), whichever is more: regret below it says little. More ranks than cores
 make more of it. The last line is one JSON document, which also has what was predicted.
 
-    python benchmarks/strategies.py [--links loopback 10 1] [--ranks 2 3 4] [--seconds 1.5]
+    python benchmarks/strategies.py [--links loopback 10 1] [--ranks 2 3 4] [--seconds 1]
         [--output FILE]
 """
 
@@ -190,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--links", nargs="+", default=["loopback", "10", "1"])
     parser.add_argument("--ranks", type=int, nargs="+", choices=SPLITS, default=list(SPLITS))
-    parser.add_argument("--seconds", type=float, default=1.5, help="of turns in each cell")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of turns in each cell")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.links != ["loopback"] and (reason := unavailable()):
