@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from subprocess import Popen
+from subprocess import Popen, TimeoutExpired
 from typing import Any
 
 from netns import Hosts
@@ -70,6 +70,8 @@ class Ranks:
     ) -> list[Any]:
         """What `work(transport, *arguments)` returns on each rank, which work at once.
 
+        After an error all ranks are ended: some might wait for ever for the one that failed.
+
         Raises:
             RuntimeError: a rank raised, with its traceback, or died.
             TimeoutError: a rank has not answered within `patience` seconds.
@@ -80,20 +82,26 @@ class Ranks:
         for connection in self._connections:
             with contextlib.suppress(OSError):  # it is dead, which its answer will say
                 connection.send_bytes(message)
+        try:
+            return self._answers(work.__name__, time.monotonic() + patience)
+        except BaseException:
+            self.close()
+            raise
+
+    def _answers(self, work: str, deadline: float) -> list[Any]:
+        ranks = {connection: rank for rank, connection in enumerate(self._connections)}
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + patience
-        while len(results) < len(self._connections):
-            waiting = [c for rank, c in enumerate(self._connections) if rank not in results]
+        while len(results) < len(ranks):
+            waiting = [connection for connection, rank in ranks.items() if rank not in results]
             ready = wait(waiting, max(deadline - time.monotonic(), 0))
             if not ready:
-                raise TimeoutError(f"{work.__name__}: no answer within {patience:.0f} s")
+                raise TimeoutError(f"{work}: no answer in time from a rank")
             for connection in ready:
-                rank = self._connections.index(connection)  # type: ignore[arg-type]
+                rank = ranks[connection]
                 results[rank] = self._answer(rank)
-        return [results[rank] for rank in range(len(self._connections))]
+        return [results[rank] for rank in range(len(ranks))]
 
     def _answer(self, rank: int) -> Any:
-        """The first error of any is raised; others may wait in vain for the rank that failed."""
         try:
             result, error = pickle.loads(self._connections[rank].recv_bytes())
         except (EOFError, ConnectionResetError):
@@ -112,7 +120,10 @@ class Ranks:
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            process.wait(10)
+            with contextlib.suppress(TimeoutExpired):
+                process.wait(10)
+            process.kill()
+            process.wait()
         self._folder.cleanup()
 
 

@@ -204,6 +204,7 @@ def who(transport: Transport) -> tuple[int, int, int, str]:
 def fail(transport: Transport) -> None:
     if transport.rank == 1:
         raise ArithmeticError("rank 1 is broken")
+    time.sleep(1000)
 
 
 def test_ranks_are_on_their_hosts_and_fail_by_name() -> None:
@@ -218,6 +219,8 @@ def test_ranks_are_on_their_hosts_and_fail_by_name() -> None:
         ]
         with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*ArithmeticError: rank 1 is broken"):
             ranks.run(fail)
-        os.kill(found[2][2], signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="rank 2 is dead"):
+    with Ranks((1,)) as ranks:
+        [(*_, pid, _)] = ranks.run(who)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="rank 0 is dead"):
             ranks.run(who)
