@@ -23,7 +23,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
     "attention_strategy": ("auto", "pass_kv", "gather_kv", "pass_q"),
-    "distributed_executor_backend": (None, "mp", "uni"),
+    "distributed_executor_backend": (None, "mp", "uni", "ray"),
 }
 
 

@@ -13,7 +13,7 @@ from longspan.models import ModelSpec
 from longspan.parallel.transport import ThreadTransport
 from longspan.plan import RankPlan, RankResult
 from longspan.topology import Topology
-from longspan.worker.launch import device_of, rates_of
+from longspan.worker.launch import device_of, kind_of_device, rates_of
 from longspan.worker.model_runner import ModelRunner
 
 
@@ -21,7 +21,9 @@ class InProcessExecutor:
     """Runs each rank in a thread of its own, a single rank in the caller's, when it waits."""
 
     def __init__(self, config: EngineConfig, spec: ModelSpec) -> None:
-        self._transports = ThreadTransport.connect(Topology.of_hosts([config.num_ranks]))
+        on_cpu = kind_of_device(config.device) == "cpu"
+        self.topology = Topology.of_hosts([config.num_ranks], shared_device=on_cpu)
+        self._transports = ThreadTransport.connect(self.topology)
         self._threads = ThreadPoolExecutor(config.num_ranks, thread_name_prefix="longspan-rank")
         self._at_work: dict[Future[RankResult], int] = {}
         self._plan_of_single: RankPlan | None = None
@@ -30,8 +32,8 @@ class InProcessExecutor:
         logging.disable_progress_bar()
         try:
             self._runners = [
-                ModelRunner(config, spec, transport, device_of(config, transport.rank))
-                for transport in self._transports
+                ModelRunner(config, spec, transport, device_of(config, self.topology, rank))
+                for rank, transport in enumerate(self._transports)
             ]
         finally:
             if bars:
