@@ -216,6 +216,8 @@ class EngineConfig:
             value = getattr(self, name)
             if not (_is_whole(value) and least <= value <= most):
                 raise ConfigError(f"{name}={value!r} must be a whole number from {least} to {most}")
+        if not self.master_addr:
+            raise ConfigError("master_addr='' must be an address or a host's name")
         if self.nnodes > 1 and self.executor != "mp":
             raise ConfigError(
                 f"nnodes={self.nnodes} and distributed_executor_backend={self.executor!r} "
@@ -231,11 +233,15 @@ class EngineConfig:
                 f"context_parallel_size={size} can't be shared evenly by nnodes={nodes}; "
                 "set context_parallel_size_local on each node"
             )
-        most = size - (nodes - 1)
-        if local is not None and (local > most or (nodes == 1 and local != size)):
+        if local is not None and nodes == 1 and local != size:
             raise ConfigError(
-                f"context_parallel_size_local={local} does not fit context_parallel_size={size} "
-                f"and nnodes={nodes}"
+                f"context_parallel_size_local={local} is not context_parallel_size={size}, and "
+                "there is one node; leave it out"
+            )
+        if local is not None and local > size - (nodes - 1):
+            raise ConfigError(
+                f"context_parallel_size_local={local} leaves less than a rank for each other node "
+                f"of nnodes={nodes}; context_parallel_size={size}"
             )
 
 

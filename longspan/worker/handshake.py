@@ -9,17 +9,16 @@ for granted, as torch.distributed does.
 
 import contextlib
 import hmac
-import importlib.metadata
 import os
 import secrets
 import socket
 import threading
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Literal, NoReturn, TypeVar
 
 import msgspec
 
-import longspan
 from longspan.errors import ConfigError
 from longspan.worker.channel import Channel, Hello, Proof, Refused
 
@@ -47,7 +46,7 @@ class Unwelcome(Exception):
 
 def shared_secret() -> bytes:
     """The secret of all nodes. Raises ConfigError if it is missing or too short."""
-    value = os.environ.get(SECRET, "").encode()
+    value = os.environb.get(SECRET.encode(), b"")
     if len(value) < _MIN_SECRET_BYTES:
         found = f"has {len(value)} bytes, less than {_MIN_SECRET_BYTES}" if value else "is not set"
         raise ConfigError(
@@ -59,9 +58,9 @@ def shared_secret() -> bytes:
 
 def release() -> str:
     """What has to be the same on all hosts."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    others = ", ".join(f"{name} {found.partition('+')[0]}" for name, found in versions.items())
-    return f"longspan {longspan.__version__} (protocol {PROTOCOL}), {others}"
+    names = ("longspan", "torch", "transformers")
+    versions = [f"{name} {version(name).partition('+')[0]}" for name in names]
+    return f"{', '.join(versions)}, protocol {PROTOCOL}"
 
 
 def admit(connection: socket.socket, secret: bytes) -> Channel:
