@@ -10,7 +10,7 @@ from longspan.config import EngineConfig
 from longspan.engine.completion import Group
 from longspan.engine.engine import Engine
 from longspan.engine.executor import Executor
-from longspan.errors import EngineStoppedError, InvalidRequestError
+from longspan.errors import ConfigError, EngineStoppedError, InvalidRequestError
 from longspan.interrupts import interrupts_afterwards
 from longspan.models import ModelSpec, load_spec
 from longspan.outputs import CompletionOutput, RequestOutput
@@ -53,6 +53,11 @@ class LLM:
 
     def __init__(self, model: str, **options: Any) -> None:
         self.config = EngineConfig.from_options(model=str(model), **options)
+        if self.config.node_rank:
+            raise ConfigError(
+                f"node_rank={self.config.node_rank} lends its ranks by `longspan serve`; the "
+                "engine runs on node 0"
+            )
         spec = load_spec(self.config)
         tokenizer = load_tokenizer(self.config)
         self._executor = _start(self.config, spec)

@@ -17,6 +17,7 @@ from longspan.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from longspan.plan import RankPlan, RankResult, Sampled
 from longspan.progress import Progress, Snapshot, kv_cells, summary
 from longspan.sampling_params import SamplingParams
+from longspan.topology import Topology
 
 SPEC = ModelSpec(
     name="stub",
@@ -39,6 +40,7 @@ class Ranks:
     def __init__(self, num_ranks: int, seconds: float = 0.0) -> None:
         self.num_pages = (627,) * num_ranks
         self.rates = CPU_THREAD
+        self.topology = Topology.of_hosts([num_ranks])
         self._seconds = seconds
         self._done: dict[int, RankResult] = {}
 

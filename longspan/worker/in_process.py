@@ -13,7 +13,7 @@ from longspan.models import ModelSpec
 from longspan.parallel.transport import ThreadTransport
 from longspan.plan import RankPlan, RankResult
 from longspan.topology import Topology
-from longspan.worker.launch import device_of, rates_of
+from longspan.worker.launch import device_of, kind_of_device, rates_of
 from longspan.worker.model_runner import ModelRunner
 
 
@@ -27,9 +27,10 @@ class InProcessExecutor:
     def __init__(
         self, config: EngineConfig, spec: ModelSpec, topology: Topology | None = None
     ) -> None:
-        topology = topology or Topology.of_hosts([config.num_ranks])
-        assert topology.num_ranks == config.num_ranks, (topology, config.num_ranks)
-        self._transports = ThreadTransport.connect(topology)
+        on_cpu = kind_of_device(config.device) == "cpu"
+        self.topology = topology or Topology.of_hosts([config.num_ranks], shared_device=on_cpu)
+        assert self.topology.num_ranks == config.num_ranks, (topology, config.num_ranks)
+        self._transports = ThreadTransport.connect(self.topology)
         self._threads = ThreadPoolExecutor(config.num_ranks, thread_name_prefix="longspan-rank")
         self._at_work: dict[Future[RankResult], int] = {}
         self._plan_of_single: RankPlan | None = None
@@ -38,8 +39,8 @@ class InProcessExecutor:
         logging.disable_progress_bar()
         try:
             self._runners = [
-                ModelRunner(config, spec, transport, device_of(config, transport.rank))
-                for transport in self._transports
+                ModelRunner(config, spec, transport, device_of(config, self.topology, rank))
+                for rank, transport in enumerate(self._transports)
             ]
         finally:
             if bars:
