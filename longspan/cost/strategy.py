@@ -1,4 +1,4 @@
-"""What each strategy computes and sends, and which one a step takes. Pure Python."""
+"""What each strategy computes and sends. Pure Python."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -6,6 +6,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from longspan.plan import Shard, Strategy
+from longspan.topology import Topology
 
 if TYPE_CHECKING:
     from longspan.models import ModelSpec
@@ -80,29 +81,48 @@ def exchanged_bytes(strategy: Strategy, shards: Sequence[Shard], shape: KVShape)
     return hops * shape.key_bytes
 
 
-def sent_bytes(strategy: Strategy, shards: Sequence[Shard], shape: KVShape) -> list[int]:
+class Sent(NamedTuple):
+    """Bytes that one rank sends in one layer: to ranks of its own host, and to other hosts."""
+
+    near: int
+    far: int
+
+
+class Calls(NamedTuple):
+    """Exchanges of one layer, one after the other: inside a host, and between hosts."""
+
+    near: int
+    far: int
+
+
+def sent_bytes(
+    strategy: Strategy, shards: Sequence[Shard], shape: KVShape, topology: Topology
+) -> list[Sent]:
     """Bytes that each rank sends for one segment in one layer; together `exchanged_bytes`.
 
     Shards are in the order of their ranks.
     """
-    if strategy == "local":
-        return [0] * len(shards)
+    size = len(shards)
     asked = [shard.num_queries for shard in shards]
     held = [shard.num_keys for shard in shards]
-    if strategy == "pass_q":
-        new, holders = sum(asked), sum(1 for keys in held if keys)
-        return [
-            queries * (holders - bool(keys)) * shape.asked_bytes
-            + (new - queries if keys else 0) * shape.answered_bytes
-            for queries, keys in zip(asked, held, strict=True)
-        ]
-    if strategy == "gather_kv":
-        askers = sum(1 for queries in asked if queries)
-        return [
-            keys * (askers - bool(queries)) * shape.key_bytes
-            for queries, keys in zip(asked, held, strict=True)
-        ]
-    return [keys * shape.key_bytes for keys in _passed_on(asked, held)]
+    sent = [[0, 0] for _ in shards]
+
+    def send(source: int, target: int, number: int) -> None:
+        far = topology.link(shards[source].rank, shards[target].rank) == "network"
+        sent[source][far] += number
+
+    if strategy == "pass_kv":
+        for place, keys in enumerate(_passed_on(asked, held)):
+            send(place, (place + 1) % size, keys * shape.key_bytes)
+    elif strategy != "local":
+        for source in range(size):
+            for target in range(size):
+                if source != target and strategy == "gather_kv" and asked[target]:
+                    send(source, target, held[source] * shape.key_bytes)
+                elif source != target and strategy == "pass_q":
+                    send(source, target, asked[source] * shape.asked_bytes * bool(held[target]))
+                    send(source, target, asked[target] * shape.answered_bytes * bool(held[source]))
+    return [Sent(near, far) for near, far in sent]
 
 
 def _passed_on(asked: Sequence[int], held: Sequence[int]) -> list[int]:
@@ -147,20 +167,11 @@ def seen_keys(strategy: Strategy, shards: Sequence[Shard]) -> list[tuple[int, in
     return seen
 
 
-def num_calls(strategy: Strategy, size: int) -> int:
-    """How many exchanges a segment over `size` ranks takes in one layer, one after the other."""
+def num_calls(strategy: Strategy, ranks: Sequence[int], topology: Topology) -> Calls:
+    """How many exchanges a segment over these ranks takes in one layer, one after the other."""
+    size = len(ranks)
+    calls = {"local": 0, "pass_kv": size - 1, "gather_kv": 1, "pass_q": 2}[strategy]
     if size == 1:
-        return 0
-    return {"local": 0, "pass_kv": size - 1, "gather_kv": 1, "pass_q": 2}[strategy]
-
-
-def choose(shards: Sequence[Shard], shape: KVShape) -> Strategy:
-    """The strategy that sends the fewest bytes.
-
-    That is pass-KV for many new tokens per cached one and pass-Q for few: for even shards queries
-    are smaller when `T / S < key_bytes / query_bytes`. Overlap and latency are not weighed yet.
-    """
-    if len(shards) == 1:
-        return "local"
-    pass_kv = exchanged_bytes("pass_kv", shards, shape)
-    return "pass_q" if exchanged_bytes("pass_q", shards, shape) < pass_kv else "pass_kv"
+        return Calls(0, 0)
+    far = any(topology.link(ranks[0], rank) == "network" for rank in ranks[1:])
+    return Calls(0, calls) if far else Calls(calls, 0)

@@ -53,7 +53,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.clock = clock
         self.ledger = Ledger(executor.num_pages, config.page_size)
-        self.scheduler = Scheduler(config, self.ledger, CostModel.of(spec, executor.rates))
+        cost = CostModel.of(spec, executor.rates, executor.topology)
+        self.scheduler = Scheduler(config, self.ledger, cost)
         self.traffic: dict[str, Traffic] = {}
         self._groups: dict[str, Group] = {}
         self._numbers = itertools.count()

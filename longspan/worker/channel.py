@@ -5,7 +5,7 @@ import socket
 import msgspec
 
 from longspan.config import EngineConfig
-from longspan.cost.model import Rates
+from longspan.cost.rates import Rates
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult
 

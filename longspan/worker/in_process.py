@@ -21,7 +21,8 @@ class InProcessExecutor:
     """Runs each rank in a thread of its own, a single rank in the caller's, when it waits."""
 
     def __init__(self, config: EngineConfig, spec: ModelSpec) -> None:
-        self._transports = ThreadTransport.connect(Topology.of_hosts([config.num_ranks]))
+        self.topology = Topology.of_hosts([config.num_ranks])
+        self._transports = ThreadTransport.connect(self.topology)
         self._threads = ThreadPoolExecutor(config.num_ranks, thread_name_prefix="longspan-rank")
         self._at_work: dict[Future[RankResult], int] = {}
         self._plan_of_single: RankPlan | None = None

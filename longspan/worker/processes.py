@@ -20,6 +20,7 @@ from longspan.config import EngineConfig
 from longspan.errors import EngineStoppedError, LongspanError, RankFailedError
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult
+from longspan.topology import Topology
 from longspan.worker.channel import Channel, Done, Execute, Failed, Ready, Start
 
 GRACE_SECONDS = 3.0
@@ -56,6 +57,7 @@ class ProcessExecutor:
             raise
         self.num_pages = tuple(ready[rank].num_pages for rank in range(config.num_ranks))
         self.rates = ready[0].rates
+        self.topology = Topology.of_hosts([config.num_ranks])
 
     @property
     def pids(self) -> list[int]:

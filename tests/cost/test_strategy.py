@@ -1,4 +1,4 @@
-"""Bytes are those of the known formulas, and a step takes the strategy that sends the fewest."""
+"""Bytes are those of the known formulas."""
 
 from collections.abc import Sequence
 from typing import get_args
@@ -7,10 +7,19 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from longspan.cost.strategy import KVShape, choose, exchanged_bytes, num_calls, sent_bytes
+from longspan.cost.strategy import (
+    Calls,
+    KVShape,
+    Sent,
+    exchanged_bytes,
+    num_calls,
+    sent_bytes,
+)
 from longspan.models import ModelSpec
 from longspan.plan import Run, Shard, Strategy
+from longspan.topology import Topology
 
+ONE_HOST = Topology.of_hosts([16])
 LLAMA_8B = KVShape(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, itemsize=2)
 
 shapes = st.builds(
@@ -110,8 +119,8 @@ def test_what_each_rank_sends_is_what_all_send_together(
     shards: list[Shard], shape: KVShape
 ) -> None:
     for strategy in get_args(Strategy):
-        sent = sent_bytes(strategy, shards, shape)
-        assert sum(sent) == exchanged_bytes(strategy, shards, shape)
+        sent = sent_bytes(strategy, shards, shape, ONE_HOST)
+        assert sum(near for near, _ in sent) == exchanged_bytes(strategy, shards, shape)
 
 
 def test_a_rank_sends_what_passes_through_it() -> None:
@@ -130,65 +139,17 @@ def test_a_rank_sends_what_passes_through_it() -> None:
         ],
     }
     for strategy in get_args(Strategy):
-        assert sent_bytes(strategy, shards, LLAMA_8B) == expected[strategy]
+        sent = sent_bytes(strategy, shards, LLAMA_8B, ONE_HOST)
+        assert sent == [Sent(near, 0) for near in expected[strategy]]
 
 
 def test_exchanges_one_after_the_other() -> None:
-    calls = {strategy: num_calls(strategy, 5) for strategy in get_args(Strategy)}
-    assert calls == {"local": 0, "pass_kv": 4, "gather_kv": 1, "pass_q": 2}
-    assert all(num_calls(strategy, 1) == 0 for strategy in get_args(Strategy))
-
-
-@given(uneven(), shapes)
-def test_the_chosen_strategy_sends_no_more_than_the_other(
-    shards: list[Shard], shape: KVShape
-) -> None:
-    chosen = choose(shards, shape)
-    assert (chosen == "local") == (len(shards) == 1)
-    if chosen != "local":
-        fewest = min(exchanged_bytes(other, shards, shape) for other in ("pass_kv", "pass_q"))
-        assert exchanged_bytes(chosen, shards, shape) == fewest
-
-
-@given(uneven(), shapes)
-def test_one_rank_alone_sends_nothing(shards: list[Shard], shape: KVShape) -> None:
-    alone = [shard for shard in shards if shard.num_queries][:1]
-    assert choose(alone, shape) == "local"
+    calls = {"local": 0, "pass_kv": 4, "gather_kv": 1, "pass_q": 2}
     for strategy in get_args(Strategy):
-        assert exchanged_bytes(strategy, alone, shape) == 0
-
-
-@given(ranks, st.integers(1, 10**6), shapes)
-def test_full_prefill_passes_keys(size: int, new: int, shape: KVShape) -> None:
-    assert choose(even(size, new, cached=0), shape) == "pass_kv"
-
-
-@given(st.lists(st.integers(512, 10**6), min_size=2, max_size=16), shapes)
-def test_decode_passes_queries(cached: list[int], shape: KVShape) -> None:
-    assert choose(decode(cached), shape) == "pass_q"
-
-
-@given(ranks, st.integers(1, 2000), shapes)
-def test_more_new_tokens_turn_from_queries_to_keys_once_and_for_all(
-    size: int, cached: int, shape: KVShape
-) -> None:
-    """The turn is where new tokens are the share key_bytes / query_bytes of all."""
-    for new in range(1, 60):
-        fewer_queries = new * shape.query_bytes < (cached + new) * shape.key_bytes
-        expected = "pass_q" if fewer_queries else "pass_kv"
-        assert choose(even(size, new, cached), shape) == expected
-    choices = [choose(even(size, new, cached), shape) for new in (1, 3, 9, 27, 81, 243, 729, 10**7)]
-    assert choices == sorted(choices, reverse=True), "pass_q first, then pass_kv only"
-    assert choices[-1] == "pass_kv"
-
-
-@given(ranks, st.integers(1, 100), shapes)
-def test_more_cached_tokens_turn_from_keys_to_queries_once_and_for_all(
-    size: int, new: int, shape: KVShape
-) -> None:
-    choices = [choose(even(size, new, cached), shape) for cached in (0, 1, 9, 81, 729, 6561, 10**6)]
-    assert choices == sorted(choices), "pass_kv first, then pass_q only"
-    assert (choices[0], choices[-1]) == ("pass_kv", "pass_q")
+        assert num_calls(strategy, range(5), ONE_HOST) == Calls(calls[strategy], 0)
+        assert num_calls(strategy, [3], ONE_HOST) == Calls(0, 0)
+        apart = num_calls(strategy, range(5), Topology.of_hosts([1] * 5))
+        assert apart == Calls(0, calls[strategy])
 
 
 def test_a_shape_is_read_from_a_model() -> None:
