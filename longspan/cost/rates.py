@@ -73,18 +73,18 @@ CPU_THREAD = Rates(
     linear_flops=90e9,
     attention_flops=90e9,
     memory_bytes=12e9,
-    attend_seconds=40e-6,
+    attend_seconds=100e-6,
     links={"host": LinkRates(seconds=110e-6, bytes=2.4e9, overlap=0.0), "network": ETHERNET},
 )
 """One thread of a server CPU, measured in float32 on 2 cores of an AMD EPYC (AVX-512).
 
 Linear layers of 512 to 1536 numbers: 93e9 flops/s for 512 tokens, 77e9 for 64. Attention (8 query
 heads, 2 KV heads, size 64) of 512 tokens over 8192 cached ones: 90e9; among 512 new ones, of which
-half is masked: 44e9. One token's attention reads 32768 tokens' KV at 11e9 bytes/s, its linear
-layers weights at 15e9 to 21e9. An exchange between two processes over gloo takes 100 to 160 us,
-and 1 MiB or more each way 2.0e9 to 2.6e9 bytes/s; the cores that compute copy it, so nothing
-overlaps. A step of one token through a model of tiny layers takes 0.85 ms with 3 of them and 2.7 ms
-with 12. Between hosts see `ETHERNET`.
+half is masked: 44e9. One token's over few keys takes 100 to 180 us with its merge; it reads 32768
+tokens' KV at 11e9 bytes/s, its linear layers weights at 15e9 to 21e9. An exchange between two
+processes over gloo takes 100 to 160 us, and 1 MiB or more each way 2.0e9 to 2.6e9 bytes/s; the
+cores that compute copy it, so nothing overlaps. A step of one token through a model of tiny layers
+takes 0.85 ms with 3 of them and 2.7 ms with 12. Between hosts see `ETHERNET`.
 """
 
 CUDA = Rates(
@@ -92,7 +92,6 @@ CUDA = Rates(
     linear_flops=500e12,
     attention_flops=500e12,
     memory_bytes=2.8e12,
-    attend_seconds=50e-6,
     links={
         "host": LinkRates(seconds=20e-6, bytes=300e9),
         "network": LinkRates(seconds=35e-6, bytes=26e9),
@@ -106,5 +105,5 @@ and 540e12 of attention alone. Memory and links inside a host reach 80 % and 65 
 3.35e12 and 450e9 bytes/s; latency is that of a small NCCL collective in one server. Between hosts
 400 Gb/s RDMA for each GPU, as that paper measured it: 16 MB in 627 us (its table 5), 32 to 35 us
 for a small message in a ring and 80 us for a small all-to-all (table 8). A step of an uncompiled
-model of some 30 layers is a thousand launches of about 5 us, a partial attention and its merge ten.
+model of some 30 layers is a thousand launches of about 5 us, those of attention among them.
 """
