@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import longspan
+from longspan.cli_calibrate import calibrate
 from longspan.config import EngineConfig
 from longspan.errors import InvalidRequestError, LongspanError, RankFailedError
 from longspan.options import with_options
@@ -130,6 +131,9 @@ def generate(
         typer.echo(msgspec.json.encode(_document(output)))
     else:
         Console(stderr=True).print(summary(output))
+
+
+_command(calibrate)
 
 
 @_command

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from longspan.config import EngineConfig
+from longspan.cost.calibration import Calibration
 from longspan.cost.model import CostModel
 from longspan.cost.rates import CUDA, Rates
 from longspan.cost.trace import Arrival, Trace
@@ -95,12 +96,13 @@ def simulate(
     config: EngineConfig,
     spec: "ModelSpec",
     num_pages: Sequence[int],
-    rates: Rates = CUDA,
+    rates: Rates | None = None,
     topology: Topology | None = None,
 ) -> SimulationResult:
     """Serve a trace with ranks that have so many pages each, in predicted time.
 
-    Ranks are on one host unless a topology says otherwise.
+    Ranks do what `rates` say, or the config's calibration, or the guesses for a GPU; they are on
+    one host unless a topology says otherwise.
     Requests that can't be served are reported with their error.
 
     Raises:
@@ -110,6 +112,8 @@ def simulate(
         raise ConfigError(
             f"num_pages names {len(num_pages)} ranks; context_parallel_size={config.num_ranks}"
         )
+    if rates is None:
+        rates = CUDA if config.calibration is None else Calibration.load(config.calibration).rates
     cost = CostModel.of(spec, rates, topology or Topology.of_hosts([config.num_ranks]))
     return _Simulation(trace, config, spec, num_pages, cost).run()
 

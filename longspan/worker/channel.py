@@ -6,6 +6,7 @@ import msgspec
 
 from longspan.config import EngineConfig
 from longspan.cost.rates import Rates
+from longspan.cost.samples import Samples
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult
 
@@ -34,6 +35,14 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     result: RankResult
 
 
+class Measure(msgspec.Struct, tag=True, frozen=True):
+    """Engine to all workers, before any plan: measure your device and links."""
+
+
+class Measured(msgspec.Struct, tag=True, frozen=True):
+    samples: Samples
+
+
 class Failed(msgspec.Struct, tag=True, frozen=True):
     """Worker to engine: what it was told could not be done, and it does nothing more.
 
@@ -46,7 +55,7 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     details: str
 
 
-Message = Start | Ready | Execute | Done | Failed
+Message = Start | Ready | Execute | Done | Measure | Measured | Failed
 
 
 _LENGTH_BYTES = 8

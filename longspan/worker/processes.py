@@ -17,11 +17,12 @@ from typing import TypeVar
 
 from longspan import errors
 from longspan.config import EngineConfig
+from longspan.cost.samples import Samples
 from longspan.errors import EngineStoppedError, LongspanError, RankFailedError
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult
 from longspan.topology import Topology
-from longspan.worker.channel import Channel, Done, Execute, Failed, Ready, Start
+from longspan.worker.channel import Channel, Done, Execute, Failed, Measure, Measured, Ready, Start
 
 GRACE_SECONDS = 3.0
 """How long ranks have to end by themselves before they are killed."""
@@ -96,6 +97,23 @@ class ProcessExecutor:
         self._at_work -= done.keys()
         return {rank: message.result for rank, message in done.items()}
 
+    def measure(self) -> list[Samples]:
+        """What each rank measures of itself, all at the same time; before any plan.
+
+        Raises:
+            RankFailedError: a rank died or raised; the fleet has been stopped.
+        """
+        try:
+            for channel in self._channels:
+                channel.send(Measure())
+            measured: dict[int, Measured] = {}
+            while len(measured) < len(self._channels):
+                measured |= self._receive(Measured)
+        except BaseException:
+            self.close()
+            raise
+        return [measured[rank].samples for rank in sorted(measured)]
+
     def _spawn(self, rank: int, config: EngineConfig) -> None:
         ours, theirs = socket.socketpair()
         threads = max((os.cpu_count() or 1) // config.num_ranks, 1)
@@ -121,7 +139,7 @@ class ProcessExecutor:
         self._channels.append(Channel(ours))
         self._selector.register(ours, selectors.EVENT_READ, rank)
 
-    _M = TypeVar("_M", Ready, Done)
+    _M = TypeVar("_M", Ready, Done, Measured)
 
     def _receive(self, kind: type[_M], timeout: float | None = None) -> dict[int, _M]:
         """A message of each rank that has sent one; waits for the first of any."""

@@ -37,7 +37,7 @@ def test_small_figures_count_as_much_as_large_ones() -> None:
 
 def test_no_unknown_is_negative() -> None:
     """A line through these would begin below 0."""
-    assert fit([[1, 1], [1, 2]], [1, 3]) == pytest.approx([0, 1.4])
+    assert fit([[1, 1], [1, 2]], [1, 3], scales=[1, 1]) == pytest.approx([0, 1.4])
     assert fit([[1], [2]], [-1, -2], scales=[1, 1]) == [0]
 
 
