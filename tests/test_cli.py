@@ -168,6 +168,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "max_step_time": 0.5,
     "min_tokens_per_rank": 64,
     "attention_strategy": "pass_q",
+    "calibration": "rates.json",
     "distributed_executor_backend": "uni",
     "seed": 5,
 }
