@@ -30,17 +30,17 @@ import torch
 import torch.distributed as dist
 from common import build_model, finish, print_table, verdict
 from fleets import PAGE_SIZE, Ranks, fleet, runner, unavailable
-from longspan.cost.choice import choose, predictions
-from longspan.cost.samples import Samples, fit_rates
-from longspan.worker.measure import measure
 
 from longspan.config import EngineConfig
+from longspan.cost.choice import choose, predictions
 from longspan.cost.model import CostModel
+from longspan.cost.samples import Samples, fit_rates
 from longspan.cost.strategy import KVShape
 from longspan.engine.shard import fair_shares, zigzag
 from longspan.models import load_spec
 from longspan.parallel.transport import Transport
 from longspan.plan import Extent, Part, RankPlan, Run, Segment, Shard, Strategy
+from longspan.worker.measure import measure
 from longspan.worker.model_runner import ModelRunner
 from longspan.worker.step import Step
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import longspan
+from longspan.cli_calibrate import calibrate
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError, InvalidRequestError, LongspanError, RankFailedError
 from longspan.options import with_options
@@ -131,6 +132,9 @@ def generate(
         typer.echo(msgspec.json.encode(_document(output)))
     else:
         Console(stderr=True).print(summary(output))
+
+
+_command(calibrate)
 
 
 @_command

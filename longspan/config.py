@@ -78,6 +78,11 @@ class EngineConfig:
     attention_strategy: Strategy = _option(
         "auto", "How ranks share attention; 'auto' picks for each request and step."
     )
+    calibration: str | None = _option(
+        None,
+        "File that 'longspan calibrate' made: what devices and links were measured to do. Without "
+        "it, figures for the kind of device.",
+    )
     distributed_executor_backend: Backend | None = _option(
         None,
         "'mp': one process for each rank; 'uni': all in this one; 'ray': actors of a Ray cluster. "
@@ -156,6 +161,7 @@ class EngineConfig:
             ("model", str, "a path or an id"),
             ("tokenizer", str | None, "a path or an id"),
             ("revision", str | None, "a branch, tag or commit"),
+            ("calibration", str | None, "a path"),
             ("trust_remote_code", bool, "True or False"),
             ("enable_prefix_caching", bool, "True or False"),
             ("gpu_memory_utilization", float | int | None, "a number"),

@@ -66,6 +66,8 @@ IMPORTED_ALONE = (
     "longspan.engine.completion",
     "longspan.engine.executor",
     "longspan.cost.strategy",
+    "longspan.cost.choice",
+    "longspan.cost.calibration",
     "longspan.cost.simulate",
 )
 """Modules that a process without torch can import."""

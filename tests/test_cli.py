@@ -112,6 +112,7 @@ def test_help_names_the_commands() -> None:
     assert re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)[-3:] == [
         "generate",
         "serve",
+        "calibrate",
         "demo",
     ]
 
@@ -168,6 +169,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "max_step_time": 0.5,
     "min_tokens_per_rank": 64,
     "attention_strategy": "pass_q",
+    "calibration": "rates.json",
     "distributed_executor_backend": "uni",
     "master_addr": "10.1.2.3",
     "master_port": 29511,

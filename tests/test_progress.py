@@ -10,7 +10,7 @@ from rich.console import Console
 
 import longspan.progress
 from longspan.config import EngineConfig
-from longspan.cost.model import CPU_THREAD
+from longspan.cost.rates import CPU_THREAD
 from longspan.engine.engine import Engine, KVUsage
 from longspan.models import ModelSpec
 from longspan.outputs import CompletionOutput, RequestMetrics, RequestOutput

@@ -1,4 +1,4 @@
-"""What each strategy computes and sends, and which one a step takes. Pure Python."""
+"""What each strategy computes and sends. Pure Python."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -272,18 +272,3 @@ def num_calls(strategy: Strategy, ranks: Sequence[int], topology: Topology) -> C
     if not crossings:
         return Calls(calls, 0)
     return Calls(2 if strategy == "tree" and most > 1 else 0, calls)
-
-
-def choose(shards: Sequence[Shard], shape: KVShape) -> Strategy:
-    """The strategy that sends the fewest bytes.
-
-    That is pass-KV for many new tokens per cached one and pass-Q for few: for even shards queries
-    are smaller when `T / S < key_bytes / query_bytes`. Overlap and latency are not weighed yet,
-    nor where the ranks are.
-    """
-    if len(shards) == 1:
-        return "local"
-    one_host = Topology.of_hosts([shards[-1].rank + 1])
-    pass_kv = exchanged_bytes("pass_kv", shards, shape, one_host).near
-    pass_q = exchanged_bytes("pass_q", shards, shape, one_host).near
-    return "pass_q" if pass_q < pass_kv else "pass_kv"

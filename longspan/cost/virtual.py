@@ -5,7 +5,6 @@ from heapq import heappop, heappush
 
 from longspan.cost.model import CostModel
 from longspan.plan import RankPlan, RankResult, Sampled, Sampling
-from longspan.topology import Topology
 
 Plans = Mapping[int, RankPlan]
 
@@ -33,7 +32,7 @@ class VirtualExecutor:
         self.page_size = page_size
         self.cost = cost
         self.rates = cost.rates
-        self.topology = Topology.of_hosts([len(num_pages)])
+        self.topology = cost.topology
         self.time = 0.0
         """Seconds since the beginning; may be set to a later time while no rank is at work."""
         self.num_steps = 0

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from longspan.cost.model import Rates
+from longspan.cost.rates import Rates
 from longspan.plan import RankPlan, RankResult
 from longspan.topology import Topology
 

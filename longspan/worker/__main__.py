@@ -15,7 +15,7 @@ import traceback
 from socket import socket
 
 from longspan.errors import LongspanError
-from longspan.worker.channel import Channel, Done, Execute, Failed, Ready, Start
+from longspan.worker.channel import Channel, Done, Execute, Failed, Measure, Measured, Ready, Start
 
 
 def main() -> None:
@@ -46,14 +46,18 @@ def _serve(channel: Channel) -> None:
     assert isinstance(start, Start)
     from longspan.worker.digest import model_digest
     from longspan.worker.launch import launch, rates_of
+    from longspan.worker.measure import measure
 
     runner = launch(start)
     digest = model_digest(runner.model)
     channel.send(Ready(runner.pool.num_pages, rates_of(runner.device), digest))
     while True:
         message = channel.receive()
-        assert isinstance(message, Execute)
-        channel.send(Done(runner.execute(message.plan)))
+        if isinstance(message, Measure):
+            channel.send(Measured(measure(runner)))
+        else:
+            assert isinstance(message, Execute)
+            channel.send(Done(runner.execute(message.plan)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import msgspec
 
 from longspan import errors
 from longspan.config import EngineConfig
-from longspan.cost.model import Rates
+from longspan.cost.rates import Rates
+from longspan.cost.samples import Samples
 from longspan.errors import LongspanError
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult
@@ -92,6 +93,14 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     result: RankResult
 
 
+class Measure(msgspec.Struct, tag=True, frozen=True):
+    """Engine to all workers, before any plan: measure your device and links."""
+
+
+class Measured(msgspec.Struct, tag=True, frozen=True):
+    samples: Samples
+
+
 class Failed(msgspec.Struct, tag=True, frozen=True):
     """Worker or node to engine: what it was told could not be done, and it does nothing more.
 
@@ -112,7 +121,21 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
         return None
 
 
-Message = Hello | Proof | Refused | Join | Lend | Attach | Start | Ready | Execute | Done | Failed
+Message = (
+    Hello
+    | Proof
+    | Refused
+    | Join
+    | Lend
+    | Attach
+    | Start
+    | Ready
+    | Execute
+    | Done
+    | Measure
+    | Measured
+    | Failed
+)
 
 
 _LENGTH_BYTES = 8

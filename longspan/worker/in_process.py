@@ -8,12 +8,14 @@ from functools import partial
 from transformers.utils import logging
 
 from longspan.config import EngineConfig
+from longspan.cost.samples import Samples
 from longspan.errors import EngineStoppedError, RankFailedError
 from longspan.models import ModelSpec
 from longspan.parallel.transport import ThreadTransport
 from longspan.plan import RankPlan, RankResult
 from longspan.topology import Topology
 from longspan.worker.launch import device_of, kind_of_device, rates_of
+from longspan.worker.measure import measure
 from longspan.worker.model_runner import ModelRunner
 
 
@@ -83,6 +85,10 @@ class InProcessExecutor:
         except BaseException:  # also Ctrl-C: ranks in the middle of a step can't be used again
             self.close()
             raise
+
+    def measure(self) -> list[Samples]:
+        """What each rank measures of itself, all at the same time; before any plan."""
+        return list(self._threads.map(measure, self._runners))
 
     def close(self) -> None:
         self._closed = True

@@ -9,7 +9,7 @@ from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 from transformers.utils import logging
 
 from longspan.config import EngineConfig
-from longspan.cost.model import CPU_THREAD, CUDA, Rates
+from longspan.cost.rates import CPU_THREAD, CUDA, Rates
 from longspan.errors import ConfigError
 from longspan.parallel.transport import ThreadTransport, TorchTransport, Transport
 from longspan.topology import Topology

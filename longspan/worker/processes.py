@@ -12,11 +12,12 @@ from typing import TypeVar
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from longspan.config import EngineConfig
+from longspan.cost.samples import Samples
 from longspan.errors import ConfigError, EngineStoppedError, LongspanError, RankFailedError
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult
 from longspan.topology import Topology
-from longspan.worker.channel import Channel, Done, Execute, Failed, Ready, Start
+from longspan.worker.channel import Channel, Done, Execute, Failed, Measure, Measured, Ready, Start
 from longspan.worker.control_port import ControlPort, listen
 from longspan.worker.digest import config_digest
 from longspan.worker.handshake import shared_secret
@@ -104,6 +105,23 @@ class ProcessExecutor:
         self._at_work -= done.keys()
         return {rank: message.result for rank, message in done.items()}
 
+    def measure(self) -> list[Samples]:
+        """What each rank measures of itself, all at the same time; before any plan.
+
+        Raises:
+            RankFailedError: a rank died or raised; the fleet has been stopped.
+        """
+        try:
+            for channel in self._channels.values():
+                channel.send(Measure())
+            measured: dict[int, Measured] = {}
+            while len(measured) < len(self._channels):
+                measured |= self._receive(Measured)
+        except BaseException:
+            self.close()
+            raise
+        return [measured[rank].samples for rank in sorted(measured)]
+
     def _take_in_nodes(self, config: EngineConfig) -> None:
         """Wait until the other nodes have come, and their ranks."""
         port = ControlPort(config.master_addr, config.master_port, shared_secret())
@@ -150,7 +168,7 @@ class ProcessExecutor:
                 )
         return ready
 
-    _M = TypeVar("_M", Ready, Done)
+    _M = TypeVar("_M", Ready, Done, Measured)
 
     def _receive(self, kind: type[_M], timeout: float | None = None) -> dict[int, _M]:
         """A message of each rank that has sent one; waits for the first of any."""

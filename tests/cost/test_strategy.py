@@ -11,7 +11,6 @@ from longspan.cost.strategy import (
     Calls,
     KVShape,
     Sent,
-    choose,
     exchanged_bytes,
     num_calls,
     sent_bytes,
@@ -254,58 +253,6 @@ def test_exchanges_that_cross_hosts_are_counted_apart() -> None:
     assert num_calls("tree", everyone, topology) == Calls(near=2, far=2)
     assert num_calls("tree", one_host, topology) == Calls(near=2, far=0)
     assert num_calls("tree", one_each, topology) == Calls(near=0, far=2)
-
-
-@given(uneven(), shapes)
-def test_the_chosen_strategy_sends_no_more_than_the_other(
-    shards: list[Shard], shape: KVShape
-) -> None:
-    chosen = choose(shards, shape)
-    assert (chosen == "local") == (len(shards) == 1)
-    if chosen != "local":
-        fewest = min(bytes_on_one_host(other, shards, shape) for other in ("pass_kv", "pass_q"))
-        assert bytes_on_one_host(chosen, shards, shape) == fewest
-
-
-@given(uneven(), shapes)
-def test_one_rank_alone_sends_nothing(shards: list[Shard], shape: KVShape) -> None:
-    alone = [shard for shard in shards if shard.num_queries][:1]
-    assert choose(alone, shape) == "local"
-    for strategy in get_args(Strategy):
-        assert bytes_on_one_host(strategy, alone, shape) == 0
-
-
-@given(ranks, st.integers(1, 10**6), shapes)
-def test_full_prefill_passes_keys(size: int, new: int, shape: KVShape) -> None:
-    assert choose(even(size, new, cached=0), shape) == "pass_kv"
-
-
-@given(st.lists(st.integers(512, 10**6), min_size=2, max_size=16), shapes)
-def test_decode_passes_queries(cached: list[int], shape: KVShape) -> None:
-    assert choose(decode(cached), shape) == "pass_q"
-
-
-@given(ranks, st.integers(1, 2000), shapes)
-def test_more_new_tokens_turn_from_queries_to_keys_once_and_for_all(
-    size: int, cached: int, shape: KVShape
-) -> None:
-    """The turn is where new tokens are the share key_bytes / query_bytes of all."""
-    for new in range(1, 60):
-        fewer_queries = new * shape.query_bytes < (cached + new) * shape.key_bytes
-        expected = "pass_q" if fewer_queries else "pass_kv"
-        assert choose(even(size, new, cached), shape) == expected
-    choices = [choose(even(size, new, cached), shape) for new in (1, 3, 9, 27, 81, 243, 729, 10**7)]
-    assert choices == sorted(choices, reverse=True), "pass_q first, then pass_kv only"
-    assert choices[-1] == "pass_kv"
-
-
-@given(ranks, st.integers(1, 100), shapes)
-def test_more_cached_tokens_turn_from_keys_to_queries_once_and_for_all(
-    size: int, new: int, shape: KVShape
-) -> None:
-    choices = [choose(even(size, new, cached), shape) for cached in (0, 1, 9, 81, 729, 6561, 10**6)]
-    assert choices == sorted(choices), "pass_kv first, then pass_q only"
-    assert (choices[0], choices[-1]) == ("pass_kv", "pass_q")
 
 
 def test_a_shape_is_read_from_a_model() -> None:

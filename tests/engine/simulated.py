@@ -15,7 +15,7 @@ from zlib import crc32
 import msgspec
 
 from longspan.config import EngineConfig
-from longspan.cost.model import CPU_THREAD, Rates
+from longspan.cost.rates import CPU_THREAD, Rates
 from longspan.engine.engine import Engine
 from longspan.models import ModelSpec
 from longspan.plan import Extent, RankPlan, RankResult, Sampled, Sampling

@@ -7,6 +7,7 @@ every token depend on all keys before it (see `simulated.py`).
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any, get_args
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from simulated import simulated_engine
 
 from longspan.config import Strategy as AttentionStrategy
-from longspan.cost.model import CPU_THREAD
+from longspan.cost.rates import CPU_THREAD, LinkRates
 from longspan.errors import InvalidRequestError
 from longspan.outputs import CompletionOutput
 from longspan.plan import Extent, Sampling
@@ -182,7 +183,8 @@ def test_a_forced_strategy_is_taken_wherever_keys_are_shared(strategy: str) -> N
 
 
 def test_strategies_are_chosen_for_each_step_by_themselves() -> None:
-    fleet = Fleet((99, 99), 4, {"min_tokens_per_rank": 16})
+    by_bytes = replace(CPU_THREAD, links={"host": LinkRates(0, 2.4e9, overlap=0)})
+    fleet = Fleet((99, 99), 4, {"min_tokens_per_rank": 16, "rates": by_bytes})
     service = Service(fleet, several(1, 200, max_tokens=5)).run()
     assert service.strategies == {"pass_kv", "pass_q"}
 
