@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import longspan
+from longspan.cli_plan import plan
 from longspan.config import EngineConfig
 from longspan.errors import InvalidRequestError, LongspanError, RankFailedError
 from longspan.options import with_options
@@ -150,6 +151,9 @@ def demo(
 
     if not run(context_parallel_size, tokens, max_tokens, compare=compare):
         raise typer.Exit(1)
+
+
+_command(plan)
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:
