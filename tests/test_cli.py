@@ -109,7 +109,11 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_names_the_commands() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    assert re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)[-2:] == ["generate", "demo"]
+    assert re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)[-3:] == [
+        "generate",
+        "demo",
+        "plan",
+    ]
 
 
 @pytest.mark.parametrize("noun", [EngineConfig, SamplingParams])
