@@ -17,6 +17,7 @@ import typer
 
 import longspan
 from longspan.cli_calibrate import calibrate
+from longspan.cli_plan import plan
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError, InvalidRequestError, LongspanError, RankFailedError
 from longspan.options import with_options
@@ -134,9 +135,6 @@ def generate(
         Console(stderr=True).print(summary(output))
 
 
-_command(calibrate)
-
-
 @_command
 def serve(*, config: EngineConfig) -> None:
     """Lend this host's ranks to the engine on another, node 0.
@@ -158,6 +156,10 @@ def serve(*, config: EngineConfig) -> None:
 def _terminate(*_: object) -> None:
     typer.echo("terminated", err=True)
     raise SystemExit(_TERMINATED)
+
+
+_command(plan)
+_command(calibrate)
 
 
 @_command

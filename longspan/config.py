@@ -12,6 +12,11 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Strategy = Literal["auto", "pass_kv", "gather_kv", "pass_q", "tree"]
 Backend = Literal["mp", "uni", "ray"]
 
+GPU_MEMORY_UTILIZATION = 0.9
+"""Fraction of a GPU's memory for weights and KV pool, if nothing else is said."""
+CPU_MEMORY_UTILIZATION = 0.5
+"""Fraction of a host's free memory for the KV pools of all its ranks, if nothing else is said."""
+
 
 def _option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})

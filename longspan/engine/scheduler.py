@@ -41,13 +41,7 @@ class Scheduler:
         self._steps: dict[int, Step] = {}
         """The step that each busy rank is at."""
         self._gatherer = Gatherer(cost, ledger)
-        one_step = cost.prefill_seconds(config.max_num_batched_tokens, 0, 1)
-        self._placer = Placer(
-            cost,
-            config.page_size,
-            min(one_step, config.max_step_time or one_step),
-            config.min_tokens_per_rank,
-        )
+        self._placer = Placer.of(config, cost)
 
     @property
     def running(self) -> Collection[Request]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from longspan.attention.kernel import kernel_for
-from longspan.config import EngineConfig
+from longspan.config import CPU_MEMORY_UTILIZATION, GPU_MEMORY_UTILIZATION, EngineConfig
 from longspan.cost.strategy import KVShape
 from longspan.errors import ConfigError
 from longspan.models import ModelSpec
@@ -124,8 +124,8 @@ def _at_least_one_page(pages: int, size: int, page_bytes: int) -> int:
 def _memory_for_pool(config: EngineConfig, transport: Transport, device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        fraction = config.gpu_memory_utilization or 0.9
+        fraction = config.gpu_memory_utilization or GPU_MEMORY_UTILIZATION
         return int(total * fraction) - (total - free)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    ranks = transport.topology.num_ranks_beside(transport.rank)
-    return int(free * (config.gpu_memory_utilization or 0.5)) // ranks
+    fraction = config.gpu_memory_utilization or CPU_MEMORY_UTILIZATION
+    return int(free * fraction) // transport.topology.num_ranks_beside(transport.rank)
