@@ -23,20 +23,18 @@ class Choice(NamedTuple):
 
 def is_feasible(strategy: Strategy, shards: Sequence[Shard], model: CostModel) -> bool:
     """Whether a rank has room for what it receives at once."""
+    if strategy != "gather_kv":
+        return True
     held = [shard.num_keys for shard in shards]
-    received = max(sum(held) - keys for keys in held)
-    return strategy != "gather_kv" or received * model.shape.key_bytes <= GATHER_BYTES
+    return (sum(held) - min(held)) * model.shape.key_bytes <= GATHER_BYTES
 
 
 def predictions(
     shards: Sequence[Shard], model: CostModel, strategies: Sequence[Strategy] | None = None
 ) -> dict[Strategy, Prediction]:
     """What each feasible one of these strategies, or of all, costs a segment over several ranks."""
-    return {
-        strategy: model.predict(strategy, shards)
-        for strategy in strategies or model.strategies
-        if is_feasible(strategy, shards, model)
-    }
+    asked = strategies or model.strategies
+    return model.predict_each([one for one in asked if is_feasible(one, shards, model)], shards)
 
 
 def choose(predicted: dict[Strategy, Prediction], last: Strategy | None = None) -> Strategy:

@@ -6,11 +6,11 @@ to do is not counted: a step takes as long as its slowest rank.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import TYPE_CHECKING, NamedTuple, Self, get_args
 
 from longspan.cost.curve import Curve
-from longspan.cost.overlap import HERE, Hidden, Leg, legs
+from longspan.cost.overlap import HERE, Hidden, Leg, Shared, legs
 from longspan.cost.rates import LinkRates, Rates
 from longspan.cost.strategy import Calls, KVShape, Sent, num_calls, seen_keys, sent_bytes
 from longspan.plan import Run, Segment, Shard, Strategy
@@ -26,6 +26,10 @@ KEYS_TRAVEL: frozenset[Strategy] = frozenset(("pass_kv", "gather_kv"))
 """Strategies in which a rank computes its own queries; in the others queries travel."""
 
 
+def _computes_own(strategy: Strategy) -> bool:
+    return strategy == "local" or strategy in KEYS_TRAVEL
+
+
 class Prediction(NamedTuple):
     """What one strategy costs a segment: seconds, messages one after the other, and bytes.
 
@@ -38,22 +42,6 @@ class Prediction(NamedTuple):
     sent: Sent
 
 
-class _Shared:
-    """What a rank does for the segments of one exchange."""
-
-    __slots__ = ("far", "legs", "near", "own", "rest")
-
-    def __init__(self, legs: list[Leg]) -> None:
-        self.legs = legs
-        self.own = self.rest = 0.0
-        self.near = self.far = 0
-
-    def seconds(self, local: float) -> float:
-        sent = Sent(self.near, self.far)
-        exposed = sum(leg.exposed(sent, self.own, self.rest, local) for leg in self.legs)
-        return self.own + self.rest + exposed
-
-
 class _Part:
     """What a rank has to do in a step, as far as it has been counted."""
 
@@ -62,7 +50,7 @@ class _Part:
     def __init__(self) -> None:
         self.tokens = 0
         self.local = 0.0
-        self.shared: dict[tuple[Strategy, tuple[int, ...]], _Shared] = {}
+        self.shared: dict[tuple[Strategy, tuple[int, ...]], Shared] = {}
 
 
 class CostModel:
@@ -94,9 +82,10 @@ class CostModel:
         self._pair = 4 * shape.num_heads * shape.head_dim * layers / rates.attention_flops
         self._key = layers * shape.key_bytes / rates.memory_bytes
         self._seen = max(self._pair, self._key)  # one query's attention over one key
-        ranks = range(topology.num_ranks)
-        shared = len(ranks) > 1 and all(topology.link(0, rank) == "device" for rank in ranks[1:])
-        self._inside: Link = "device" if shared else "host"
+        inside = {topology.link(*pair) for pair in pairwise(range(topology.num_ranks))} - {
+            "network"
+        }
+        self._inside: Link = "device" if inside == {"device"} else "host"
         self._host_size = max(topology.hosts.count(host) for host in set(topology.hosts))
         self.strategies: tuple[Strategy, ...] = tuple(
             strategy
@@ -117,14 +106,28 @@ class CostModel:
 
     def predict(self, strategy: Strategy, shards: Sequence[Shard]) -> Prediction:
         """What a segment costs with a strategy, if nothing else is in the step."""
-        calls, legs = self._exchange(strategy, [shard.rank for shard in shards])
-        sent = sent_bytes(strategy, shards, self.shape, self.topology)
-        seconds = max(
-            own + rest + sum(leg.exposed(out, own, rest) for leg in legs)
-            for (own, rest), out in zip(self._attention(strategy, shards), sent, strict=True)
-        )
-        near, far = (self.shape.num_layers * sum(kind) for kind in zip(*sent, strict=True))
-        return Prediction(seconds, calls, Sent(near, far))
+        return self.predict_each((strategy,), shards)[strategy]
+
+    def predict_each(
+        self, strategies: Iterable[Strategy], shards: Sequence[Shard]
+    ) -> dict[Strategy, Prediction]:
+        """What a segment costs with each of some strategies."""
+        ranks = [shard.rank for shard in shards]
+        attention: dict[bool, list[tuple[float, float]]] = {}
+        predicted = {}
+        for strategy in strategies:
+            here = _computes_own(strategy)
+            if here not in attention:
+                attention[here] = self._attention(here, shards)
+            calls, legs = self._exchange(strategy, ranks)
+            sent = sent_bytes(strategy, shards, self.shape, self.topology)
+            seconds = max(
+                own + rest + sum(leg.exposed(out, own, rest) for leg in legs)
+                for (own, rest), out in zip(attention[here], sent, strict=True)
+            )
+            near, far = (self.shape.num_layers * sum(kind) for kind in zip(*sent, strict=True))
+            predicted[strategy] = Prediction(seconds, calls, Sent(near, far))
+        return predicted
 
     def step_seconds(self, segments: Iterable[Segment]) -> dict[int, float]:
         """Each rank's part of a step: everything in which it has a share.
@@ -153,7 +156,7 @@ class CostModel:
     def _count(self, segment: Segment, parts: dict[int, _Part]) -> None:
         shards, strategy = segment.shards, segment.strategy
         ranks = tuple(shard.rank for shard in shards)
-        attention = self._attention(strategy, shards)
+        attention = self._attention(_computes_own(strategy), shards)
         for rank in ranks:
             parts.setdefault(rank, _Part())
         for shard in shards:
@@ -165,18 +168,18 @@ class CostModel:
         legs = self._exchange(strategy, ranks)[1]
         sent = sent_bytes(strategy, shards, self.shape, self.topology)
         for rank, (own, rest), (near, far) in zip(ranks, attention, sent, strict=True):
-            shared = parts[rank].shared.setdefault(key, _Shared(legs))
+            shared = parts[rank].shared.setdefault(key, Shared(legs))
             shared.own += own
             shared.rest += rest
             shared.near += near
             shared.far += far
 
-    def _attention(self, strategy: Strategy, shards: Sequence[Shard]) -> list[tuple[float, float]]:
+    def _attention(self, here: bool, shards: Sequence[Shard]) -> list[tuple[float, float]]:
         """Each rank's seconds of attention: its queries over its keys, and all other.
 
-        Where queries travel a rank reads its keys again for each rank that asks.
+        The other is of its own queries, or where they travel, not `here`, of others' over its keys,
+        which it reads again for each rank that asks.
         """
-        here = strategy in KEYS_TRAVEL or strategy == "local"
         seen = seen_keys("pass_kv" if here else "pass_q", shards)
         asked = [shard.num_queries for shard in shards]
         held = [shard.num_keys for shard in shards]

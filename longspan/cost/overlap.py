@@ -65,6 +65,23 @@ class Leg(NamedTuple):
         return [(whole, part), (whole.times(1 - self.overlap), 0.0)]
 
 
+class Shared:
+    """What a rank does for the segments of one exchange: its attention, and bytes in a layer."""
+
+    __slots__ = ("far", "legs", "near", "own", "rest")
+
+    def __init__(self, legs: list[Leg]) -> None:
+        self.legs = legs
+        self.own = self.rest = 0.0
+        self.near = self.far = 0
+
+    def seconds(self, local: float) -> float:
+        """With so much attention of segments without any exchange beside it."""
+        sent = Sent(self.near, self.far)
+        exposed = sum(leg.exposed(sent, self.own, self.rest, local) for leg in self.legs)
+        return self.own + self.rest + exposed
+
+
 def legs(
     strategy: Strategy,
     size: int,

@@ -158,3 +158,20 @@ def test_a_link_that_is_not_known_is_as_the_next_wider_one() -> None:
     assert both.hop("device") == both.hop("host") == network
     assert both.exchange("network") == host
     assert both.exchange("device") == network
+
+
+def test_links_inside_a_host_are_those_of_its_own_ranks() -> None:
+    """Rank 0 is alone on its host; ranks 1 and 2 share a device of another."""
+    links = {"device": LinkRates(1e-6, 1e9), "host": LinkRates(1e-3, 1e9), "network": ETHERNET}
+    rates = replace(CPU_THREAD, links=links)
+    shards = [
+        Shard(rank + 1, shard.queries, shard.cached, shard.keys)
+        for rank, shard in enumerate(decode(100, 100))
+    ]
+    seconds = {
+        shared: CostModel(SHAPE, 7_000_000_000, rates, Topology.of_hosts([1, 2], shared))
+        .predict("pass_q", shards)
+        .seconds
+        for shared in (False, True)
+    }
+    assert seconds[False] - seconds[True] == pytest.approx(32 * 2 * (1e-3 - 1e-6))
