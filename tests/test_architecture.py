@@ -226,6 +226,12 @@ def test_matplotlib_is_needed_by_one_file_and_not_to_import_it() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_ray_is_needed_by_one_file() -> None:
+    users = {m for m, names in imports().items() if any(is_within(n, ("ray",)) for n in names)}
+    assert users == {"longspan.worker.ray_executor"}
+    assert "longspan.worker.ray_executor" not in imports()["longspan.llm"]
+
+
 def test_the_public_names_are_pinned() -> None:
     assert longspan.__all__ == [
         "LLM",
@@ -245,7 +251,7 @@ def test_the_checks_see_what_they_forbid() -> None:
     """Imports are found wherever they stand, but for those under TYPE_CHECKING."""
     assert "transformers" in imports()["longspan.models"]
     assert "longspan.llm" in imports()["longspan"], "imported in a function"
-    assert "longspan.errors" in imports()["longspan.worker.processes"], "`from longspan import`"
+    assert "longspan.errors" in imports()["longspan.worker.channel"], "`from longspan import`"
     assert "transformers" not in imports()["longspan.engine.completion"], "for types only"
     assert "torch" in reached("longspan.parallel.pass_kv")
     source = 'def f(x):\n    """Two\n    lines."""\n    return x\n'

@@ -1,10 +1,11 @@
-"""Starts the ranks that a config asks for: in this process, or in one of their own each."""
+"""Starts the ranks of a config: in this process, in one of their own each, or as Ray actors."""
 
 from typing import Protocol
 
 from longspan.config import EngineConfig
 from longspan.cost.samples import Samples
 from longspan.engine.executor import Executor
+from longspan.errors import ConfigError
 from longspan.models import ModelSpec
 
 
@@ -27,6 +28,17 @@ def start_fleet(config: EngineConfig, spec: ModelSpec) -> Fleet:
         from longspan.worker.in_process import InProcessExecutor
 
         return InProcessExecutor(config, spec)
+    if config.executor == "ray":
+        try:
+            from longspan.worker.ray_executor import RayExecutor
+        except ModuleNotFoundError as error:
+            if error.name != "ray":
+                raise
+            raise ConfigError(
+                "distributed_executor_backend='ray' needs Ray; install it with: "
+                "pip install 'longspan[ray]'"
+            ) from None
+        return RayExecutor(config, spec)
     from longspan.worker.processes import ProcessExecutor
 
     return ProcessExecutor(config, spec)

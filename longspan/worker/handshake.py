@@ -22,7 +22,7 @@ import msgspec
 from longspan.errors import ConfigError
 from longspan.worker.channel import Channel, Hello, Proof, Refused
 
-__all__ = ["SECONDS", "SECRET", "Unwelcome", "admit", "introduce", "shared_secret"]
+__all__ = ["SECONDS", "SECRET", "Unwelcome", "admit", "dial", "introduce", "shared_secret"]
 
 SECRET = "LONGSPAN_SECRET"
 """The environment variable with the secret that all nodes share."""
@@ -102,6 +102,22 @@ def introduce(connection: socket.socket, secret: bytes) -> Channel:
         if not hmac.compare_digest(proof.mac, _mac(secret, "engine", theirs, ours)):
             raise Unwelcome(f"it does not know this node's {SECRET}")
     return _open(channel)
+
+
+def dial(address: str, port: int, secret: bytes) -> Channel:
+    """Connect to the engine's control port and be admitted.
+
+    Raises:
+        OSError: nobody listens there.
+        Unwelcome: whoever does is not the engine, or refuses this side.
+    """
+    connection = socket.create_connection((address, port), timeout=SECONDS)
+    connection.settimeout(None)
+    try:
+        return introduce(connection, secret)
+    except BaseException:
+        connection.close()
+        raise
 
 
 def _mac(secret: bytes, role: Literal["engine", "node"], own: Hello, other: Hello) -> bytes:

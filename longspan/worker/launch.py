@@ -34,11 +34,15 @@ def kind_of_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
 def device_of(config: EngineConfig, topology: Topology, rank: int) -> torch.device:
     """The device of a rank: the CPU, or the GPU of the same number on this host.
 
+    Ray lets an actor see no GPU but its own.
+
     Raises:
         ConfigError: there are fewer GPUs than ranks of this host.
     """
     if kind_of_device(config.device) == "cpu":
         return torch.device("cpu")
+    if config.executor == "ray":
+        return torch.device("cuda", 0)
     here, found = topology.num_ranks_beside(rank), torch.cuda.device_count()
     if here > found:
         raise ConfigError(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from longspan.errors import RankFailedError
@@ -20,22 +20,26 @@ GRACE_SECONDS = 3.0
 
 
 class LocalRanks:
-    """Starts `python -m longspan.worker` for each of `num_ranks` ranks of this host.
+    """Starts `python -m longspan.worker` for each of some `ranks` on this host.
 
     A worker ends itself when its channel to the engine closes or when this process ends, so that
     not even a killed one leaves any behind. `place` follows a rank's number in errors.
     """
 
-    def __init__(self, num_ranks: int, place: str = "") -> None:
+    def __init__(self, ranks: Sequence[int], place: str = "") -> None:
+        self.ranks = ranks
         self.folder = Path(tempfile.mkdtemp(prefix="longspan-"))
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
-        self.place = place
+        self._place = place
         self._environment = {
-            "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // num_ranks, 1)),
+            "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // len(ranks), 1)),
             "PYTHONFAULTHANDLER": "1",
             **os.environ,
         }
         self._environment.pop(SECRET, None)
+
+    def place(self, _: int) -> str:
+        return self._place
 
     def spawn(self, rank: int, channel: socket.socket, interface: str) -> None:
         """Start a rank that talks to the engine over `channel`, which is closed here.
@@ -82,7 +86,7 @@ class LocalRanks:
             if status < 0
             else (f"ended with status {status}")
         )
-        yield f"rank {rank}{self.place} (pid {process.pid}) {reason}"
+        yield f"rank {rank}{self._place} (pid {process.pid}) {reason}"
         with contextlib.suppress(OSError):
             yield from self._log(rank).read_text(errors="replace").splitlines()[-20:]
 

@@ -10,14 +10,14 @@ from longspan.config import EngineConfig
 from longspan.errors import ConfigError, EngineStoppedError, LongspanError, RankFailedError
 from longspan.models import load_spec
 from longspan.worker.channel import Attach, Channel, Failed, Join, Lend, Refused
+from longspan.worker.control_port import PATIENCE_SECONDS
 from longspan.worker.digest import config_digest
-from longspan.worker.handshake import Unwelcome, introduce, shared_secret
+from longspan.worker.handshake import Unwelcome, dial, shared_secret
 from longspan.worker.interface import interface_of
 from longspan.worker.local_ranks import LocalRanks
 
 __all__ = ["lend"]
 
-_DIAL_SECONDS = 5.0
 _RETRY_SECONDS = 0.5
 _SETTLE_SECONDS = 0.1
 
@@ -67,9 +67,9 @@ def _serve(
     if isinstance(task, Refused):
         raise ConfigError(f"node 0 refuses this node: {task.reason}")
     assert isinstance(task, Lend), task
-    ranks = LocalRanks(task.count, place)
+    ranks = LocalRanks(range(task.first, task.first + task.count), place)
     try:
-        for rank in range(task.first, task.first + task.count):
+        for rank in ranks.ranks:
             channel = _dial(config, secret)
             channel.send(Attach(rank))
             address = channel.connection.getsockname()[0]
@@ -97,16 +97,27 @@ def _watch(link: Channel, ranks: LocalRanks) -> None:
 
 
 def _dial_patiently(config: EngineConfig, secret: bytes, say: Callable[[str], None]) -> Channel:
-    """Connect to node 0, which may not have been started yet."""
-    waiting = False
+    """Connect to node 0, which may not have been started yet.
+
+    Raises:
+        ConfigError: it does not come in time, or does not take this node.
+    """
+    waiting, begun = False, time.monotonic()
+    place = f"node 0 at {config.master_addr}:{config.master_port}"
     while True:
         try:
             return _dial(config, secret)
         except socket.gaierror as error:
             raise ConfigError(f"master_addr={config.master_addr!r}: {error.strerror}") from None
-        except OSError:
+        except OSError as error:
+            if time.monotonic() - begun > PATIENCE_SECONDS:
+                reason = error.strerror or error
+                raise ConfigError(
+                    f"{place} can't be reached since {PATIENCE_SECONDS:g} s: {reason}; start it "
+                    "there, and see that no firewall is between"
+                ) from None
             if not waiting:
-                say(f"waiting for node 0 at {config.master_addr}:{config.master_port}")
+                say(f"waiting for {place}")
             waiting = True
             time.sleep(_RETRY_SECONDS)
 
@@ -118,17 +129,11 @@ def _dial(config: EngineConfig, secret: bytes) -> Channel:
         OSError: nobody listens there.
         ConfigError: whoever does is not node 0, or refuses this node.
     """
-    address = (config.master_addr, config.master_port)
-    connection = socket.create_connection(address, timeout=_DIAL_SECONDS)
-    connection.settimeout(None)
+    host, port = config.master_addr, config.master_port
     try:
-        return introduce(connection, secret)
-    except BaseException as error:
-        connection.close()
-        if isinstance(error, Unwelcome):
-            host, port = address
-            raise ConfigError(f"can't join node 0 at {host}:{port}: {error}") from None
-        raise
+        return dial(host, port, secret)
+    except Unwelcome as error:
+        raise ConfigError(f"can't join node 0 at {host}:{port}: {error}") from None
 
 
 def _last_words(name: str, error: BaseException) -> Failed:

@@ -4,17 +4,19 @@ import contextlib
 import logging
 import select
 import time
+from collections.abc import Sequence
 
 from longspan.config import EngineConfig
 from longspan.errors import LongspanError, RankFailedError
-from longspan.worker.channel import Attach, Channel, Failed, Join, Lend, Refused
-from longspan.worker.control_port import ControlPort
+from longspan.worker import control_port
+from longspan.worker.channel import Channel, Failed, Join, Lend
+from longspan.worker.control_port import ControlPort, refuse
 
-__all__ = ["Node", "attach", "gather"]
+__all__ = ["Node", "gather", "start_ranks"]
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE_SECONDS = 1.0
+_SILENT_SECONDS = 1.0
 """After so long without a node it is said who is waited for."""
 
 
@@ -29,11 +31,8 @@ class Node:
         self.ranks = range(0)
         self.channel = channel
 
-    @property
-    def own_address(self) -> str:
-        """The address of node 0 by which this node has reached it."""
-        address: str = self.channel.connection.getsockname()[0]
-        return address
+    def place(self, _: int) -> str:
+        return f" on {self.name}"
 
     def lost(self) -> LongspanError | None:
         """How the node or one of its ranks ended, if one has."""
@@ -57,13 +56,18 @@ def gather(config: EngineConfig, digest: str, port: ControlPort, nodes: list[Nod
     """Wait until all other nodes have joined; they are in `nodes` then, in order.
 
     Whoever doesn't fit is sent away, and one that leaves again may come back.
+
+    Raises:
+        RankFailedError: one has not come in time.
     """
     begun, said = time.monotonic(), ""
     while missing := sorted({*range(1, config.nnodes)} - {node.rank for node in nodes}):
         waiting = f"waiting for node {', '.join(map(str, missing))} of {config.nnodes}"
-        if waiting != said and time.monotonic() - begun > _PATIENCE_SECONDS:
+        if waiting != said and time.monotonic() - begun > _SILENT_SECONDS:
             said = waiting
             logger.warning("%s at %s:%d", waiting, config.master_addr, config.master_port)
+        if time.monotonic() - begun > control_port.PATIENCE_SECONDS:
+            raise _in_vain(config, missing)
         for node in [node for node in nodes if node.lost()]:
             logger.warning("%s has left again", node.name)
             nodes.remove(node)
@@ -73,15 +77,26 @@ def gather(config: EngineConfig, digest: str, port: ControlPort, nodes: list[Nod
             continue
         channel, join = arrival
         if not isinstance(join, Join):
-            _send_away(channel, "a rank", "its node has not joined")
+            refuse(channel, "a rank", "its node has not joined")
         elif reason := _misfit(join, config, digest, nodes):
-            _send_away(channel, f"node {join.node_rank} ({join.host})", reason)
+            refuse(channel, f"node {join.node_rank} ({join.host})", reason)
         else:
             nodes.append(Node(join, channel, join.num_ranks or config.num_ranks // config.nnodes))
     nodes.sort(key=lambda node: node.rank)
     first = config.num_local_ranks
     for node in nodes:
         node.ranks = range(first, first := first + node.num_ranks)
+
+
+def _in_vain(config: EngineConfig, missing: list[int]) -> RankFailedError:
+    names = ", ".join(map(str, missing))
+    address, port = config.master_addr, config.master_port
+    return RankFailedError(
+        f"node {names} of {config.nnodes} has not come to {address}:{port} within "
+        f"{control_port.PATIENCE_SECONDS:g} s; start there: longspan serve MODEL --nnodes "
+        f"{config.nnodes} --node-rank {missing[0]} --master-addr {address} --master-port {port}; "
+        "and see that no firewall is between"
+    )
 
 
 def _misfit(join: Join, config: EngineConfig, digest: str, nodes: list[Node]) -> str | None:
@@ -110,32 +125,16 @@ def _misfit(join: Join, config: EngineConfig, digest: str, nodes: list[Node]) ->
     return None
 
 
-def attach(num_ranks: int, port: ControlPort, nodes: list[Node], into: dict[int, Channel]) -> None:
+def start_ranks(
+    num_ranks: int, port: ControlPort, nodes: Sequence[Node], into: dict[int, Channel]
+) -> None:
     """Have the nodes start their ranks; each rank's channel is put `into` a dictionary.
 
     Raises:
-        RankFailedError: a node was lost; or another error that it tells of.
+        RankFailedError: a node was lost, or its ranks don't come in time.
+        LongspanError: another error that a node tells of.
     """
     for node in nodes:
         with contextlib.suppress(OSError):  # it will be found lost
             node.channel.send(Lend(node.ranks.start, node.num_ranks, num_ranks))
-    missing = {rank for node in nodes for rank in node.ranks}
-    while missing:
-        for error in filter(None, (node.lost() for node in nodes)):
-            raise error
-        arrival = port.arrival(timeout=0.2)
-        if arrival is None:
-            continue
-        channel, message = arrival
-        if isinstance(message, Attach) and message.rank in missing:
-            into[message.rank] = channel
-            missing.remove(message.rank)
-        else:
-            _send_away(channel, "a latecomer", "all nodes and ranks have come")
-
-
-def _send_away(channel: Channel, name: str, reason: str) -> None:
-    logger.warning("refused %s: %s", name, reason)
-    with contextlib.suppress(OSError):
-        channel.send(Refused(reason))
-    channel.close()
+    port.attach(nodes, into)
