@@ -19,10 +19,11 @@ from common import finish
 
 from longspan import SamplingParams
 from longspan.config import EngineConfig
-from longspan.cost.model import CUDA
+from longspan.cost.rates import CUDA
 from longspan.engine.engine import Engine
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult, Sampled
+from longspan.topology import Topology
 
 SPEC = ModelSpec(
     name="simulated",
@@ -46,6 +47,7 @@ class Immediate:
 
     def __init__(self, num_pages: Sequence[int]) -> None:
         self.num_pages = tuple(num_pages)
+        self.topology = Topology.of_hosts([len(num_pages)])
         self._results: dict[int, RankResult] = {}
 
     def start(self, plans: Mapping[int, RankPlan]) -> None:

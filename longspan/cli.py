@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that help comes at once.
 
 import dataclasses
 import os
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import longspan
+from longspan.cli_calibrate import calibrate
+from longspan.cli_plan import plan
 from longspan.config import EngineConfig
-from longspan.errors import InvalidRequestError, LongspanError, RankFailedError
+from longspan.errors import ConfigError, InvalidRequestError, LongspanError, RankFailedError
 from longspan.options import with_options
 from longspan.sampling_params import SamplingParams
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143
 
 app = typer.Typer(
     add_completion=False,
@@ -130,6 +133,33 @@ def generate(
         typer.echo(msgspec.json.encode(_document(output)))
     else:
         Console(stderr=True).print(summary(output))
+
+
+@_command
+def serve(*, config: EngineConfig) -> None:
+    """Lend this host's ranks to the engine on another, node 0.
+
+    Needs --nnodes, --node-rank (1 or more), --master-addr and the secret in LONGSPAN_SECRET. Loads
+    this host's MODEL; all other options are those of node 0. Ends with node 0.
+    """
+    if config.node_rank == 0:
+        raise ConfigError(
+            "node_rank=0 is started by `longspan generate ... --nnodes` or LLM(..., nnodes=...); "
+            "`longspan serve` lends the ranks of the other nodes"
+        )
+    from longspan.worker.node_agent import lend
+
+    signal.signal(signal.SIGTERM, _terminate)
+    lend(config, lambda line: typer.echo(f"node {config.node_rank}: {line}", err=True))
+
+
+def _terminate(*_: object) -> None:
+    typer.echo("terminated", err=True)
+    raise SystemExit(_TERMINATED)
+
+
+_command(plan)
+_command(calibrate)
 
 
 @_command

@@ -9,8 +9,13 @@ from typing import Any, Literal, TypeGuard, get_args
 from longspan.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Strategy = Literal["auto", "pass_kv", "gather_kv", "pass_q"]
-Backend = Literal["mp", "uni"]
+Strategy = Literal["auto", "pass_kv", "gather_kv", "pass_q", "tree"]
+Backend = Literal["mp", "uni", "ray"]
+
+GPU_MEMORY_UTILIZATION = 0.9
+"""Fraction of a GPU's memory for weights and KV pool, if nothing else is said."""
+CPU_MEMORY_UTILIZATION = 0.5
+"""Fraction of a host's free memory for the KV pools of all its ranks, if nothing else is said."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -78,8 +83,24 @@ class EngineConfig:
     attention_strategy: Strategy = _option(
         "auto", "How ranks share attention; 'auto' picks for each request and step."
     )
+    calibration: str | None = _option(
+        None,
+        "File that 'longspan calibrate' made: what devices and links were measured to do. Without "
+        "it, figures for the kind of device.",
+    )
     distributed_executor_backend: Backend | None = _option(
-        None, "'mp': one process for each rank; 'uni': all in this one. Default: mp from 2 ranks."
+        None,
+        "'mp': one process for each rank; 'uni': all in this one; 'ray': actors of a Ray cluster. "
+        "Default: mp from 2 ranks.",
+    )
+    nnodes: int = _option(1, "Number of nodes: hosts that bring ranks, each started by itself.")
+    node_rank: int = _option(0, "Number of this node; node 0 runs the engine.")
+    master_addr: str = _option(
+        "127.0.0.1", "Address of node 0 where the other nodes reach it; it listens there only."
+    )
+    master_port: int = _option(29500, "Port of node 0 where the other nodes join.")
+    context_parallel_size_local: int | None = _option(
+        None, "Ranks that this node brings; context_parallel_size / nnodes if not given."
     )
     seed: int = _option(0, "Seed of the requests that bring none of their own.")
 
@@ -103,23 +124,36 @@ class EngineConfig:
             "page_size",
             "max_num_batched_tokens",
             "max_num_seqs",
+            "nnodes",
         ):
             self._check_at_least_one(name, getattr(self, name))
-        for name in ("max_model_len", "kv_cache_memory_bytes", "min_tokens_per_rank"):
+        for name in (
+            "max_model_len",
+            "kv_cache_memory_bytes",
+            "min_tokens_per_rank",
+            "context_parallel_size_local",
+        ):
             if getattr(self, name) is not None:
                 self._check_at_least_one(name, getattr(self, name))
         if self.max_step_time is not None and not self.max_step_time > 0:
             raise ConfigError(f"max_step_time={self.max_step_time!r} must be above 0")
         self._check_choices()
         self._check_kv_capacity()
+        self._check_nodes()
 
     @property
     def num_ranks(self) -> int:
         return self.context_parallel_size
 
     @property
+    def num_local_ranks(self) -> int:
+        """How many of the ranks node 0 brings."""
+        return self.context_parallel_size_local or self.num_ranks // self.nnodes
+
+    @property
     def executor(self) -> Backend:
-        return self.distributed_executor_backend or ("mp" if self.num_ranks > 1 else "uni")
+        several = self.num_ranks > 1 or self.nnodes > 1
+        return self.distributed_executor_backend or ("mp" if several else "uni")
 
     def kv_cache_tokens_of(self, rank: int) -> int | None:
         """Capacity asked for on one rank in tokens, or None if it follows from memory."""
@@ -132,10 +166,12 @@ class EngineConfig:
             ("model", str, "a path or an id"),
             ("tokenizer", str | None, "a path or an id"),
             ("revision", str | None, "a branch, tag or commit"),
+            ("calibration", str | None, "a path"),
             ("trust_remote_code", bool, "True or False"),
             ("enable_prefix_caching", bool, "True or False"),
             ("gpu_memory_utilization", float | int | None, "a number"),
             ("max_step_time", float | int | None, "a number of seconds or None"),
+            ("master_addr", str, "an address or a host's name"),
         ):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be {meaning}")
@@ -185,6 +221,39 @@ class EngineConfig:
                 raise ConfigError(
                     f"kv_cache_tokens={capacity} is less than one page (page_size={self.page_size})"
                 )
+
+    def _check_nodes(self) -> None:
+        for name, least, most in (("node_rank", 0, self.nnodes - 1), ("master_port", 1, 65535)):
+            value = getattr(self, name)
+            if not (_is_whole(value) and least <= value <= most):
+                raise ConfigError(f"{name}={value!r} must be a whole number from {least} to {most}")
+        if not self.master_addr:
+            raise ConfigError("master_addr='' must be an address or a host's name")
+        if self.nnodes > 1 and self.executor != "mp":
+            raise ConfigError(
+                f"nnodes={self.nnodes} and distributed_executor_backend={self.executor!r} "
+                "contradict each other; leave one of them out"
+            )
+        if self.node_rank == 0:
+            self._check_local_size()
+
+    def _check_local_size(self) -> None:
+        local, size, nodes = self.context_parallel_size_local, self.num_ranks, self.nnodes
+        if local is None and size % nodes:
+            raise ConfigError(
+                f"context_parallel_size={size} can't be shared evenly by nnodes={nodes}; "
+                "set context_parallel_size_local on each node"
+            )
+        if local is not None and nodes == 1 and local != size:
+            raise ConfigError(
+                f"context_parallel_size_local={local} is not context_parallel_size={size}, and "
+                "there is one node; leave it out"
+            )
+        if local is not None and local > size - (nodes - 1):
+            raise ConfigError(
+                f"context_parallel_size_local={local} leaves less than a rank for each other node "
+                f"of nnodes={nodes}; context_parallel_size={size}"
+            )
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

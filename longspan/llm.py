@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from longspan.config import EngineConfig
+from longspan.cost.calibration import Calibration
 from longspan.engine.completion import Group
 from longspan.engine.engine import Engine
-from longspan.engine.executor import Executor
-from longspan.errors import EngineStoppedError, InvalidRequestError
+from longspan.errors import ConfigError, EngineStoppedError, InvalidRequestError
 from longspan.interrupts import interrupts_afterwards
-from longspan.models import ModelSpec, load_spec
+from longspan.models import load_spec
 from longspan.outputs import CompletionOutput, RequestOutput
 from longspan.progress import Progress
 from longspan.prompts import (
@@ -26,6 +26,7 @@ from longspan.prompts import (
 )
 from longspan.sampling_params import SamplingParams
 from longspan.tokenizer import load_tokenizer
+from longspan.worker.fleet import start_fleet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,10 +54,17 @@ class LLM:
 
     def __init__(self, model: str, **options: Any) -> None:
         self.config = EngineConfig.from_options(model=str(model), **options)
+        if self.config.node_rank:
+            raise ConfigError(
+                f"node_rank={self.config.node_rank} lends its ranks by `longspan serve`; the "
+                "engine runs on node 0"
+            )
+        path = self.config.calibration
+        rates = None if path is None else Calibration.load(path).rates
         spec = load_spec(self.config)
         tokenizer = load_tokenizer(self.config)
-        self._executor = _start(self.config, spec)
-        self.engine = Engine(self.config, spec, self._executor, tokenizer)
+        self._executor = start_fleet(self.config, spec)
+        self.engine = Engine(self.config, spec, self._executor, tokenizer, rates=rates)
         self._closed = False
         self._news: dict[str, deque[Group]] = {}
         """For each request that is streamed, where its stream looks for those that drew tokens."""
@@ -286,16 +294,6 @@ class LLM:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineStoppedError("this LLM has been closed or stopped; make a new one")
-
-
-def _start(config: EngineConfig, spec: ModelSpec) -> Executor:
-    if config.executor == "uni":
-        from longspan.worker.in_process import InProcessExecutor
-
-        return InProcessExecutor(config, spec)
-    from longspan.worker.processes import ProcessExecutor
-
-    return ProcessExecutor(config, spec)
 
 
 def _refused(prompt: Prompt, error: InvalidRequestError) -> RequestOutput:

@@ -6,7 +6,6 @@ nothing more. `load_spec` refuses what a config shows to be otherwise, before an
 What no config shows, `longspan.worker.probe` sees once the model is loaded.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, get_args
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import (
@@ -23,10 +21,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from longspan.checkpoint import check_weights
 from longspan.config import Dtype, EngineConfig
 from longspan.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["ModelSpec", "kv_shape", "load_spec"]
+__all__ = ["ModelSpec", "kv_shape", "load_spec", "read_spec"]
 
 # RoPE types whose angles depend on nothing but a token's position (see modeling_rope_utils.py).
 _STATIC_ROPE = {"default", "linear", "yarn", "llama3", "proportional"}
@@ -70,12 +69,11 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class _Model:
-    """A model's config, that of its language part, its class, and its weights' names."""
+    """A model's config, that of its language part, and its class."""
 
     config: Any
     text: Any
     cls: Any
-    weight_names: list[str]
 
 
 def load_spec(config: EngineConfig) -> ModelSpec:
@@ -85,11 +83,26 @@ def load_spec(config: EngineConfig) -> ModelSpec:
         ConfigError: there is no such model, a file of it is missing, or an option contradicts it.
         UnsupportedModelError: it can't be served exactly, at all or up to this max_model_len.
     """
-    model = _read(config)
+    folder = Path(config.model)
+    if folder.is_file():
+        raise ConfigError(f"model={config.model!r} is a file; give the folder that it is in")
+    if folder.is_dir():
+        check_weights(folder, config.model)
+    return read_spec(config)[0]
+
+
+def read_spec(config: EngineConfig) -> tuple[ModelSpec, int]:
+    """The same from a config alone, without weights; and the number of all the model's weights.
+
+    The model is a folder, an id on the hub, or the file with the config itself.
+    """
+    hf = _read_config(config)
+    model = _Model(hf, hf.get_text_config(decoder=True), _model_class(config, hf))
     for fault in _faults(model):
         raise _unsupported(config, model.cls.__name__, fault)
+    built = _built(config, model)
     num_kv_heads, head_dim, _ = kv_shape(model.text)
-    return ModelSpec(
+    spec = ModelSpec(
         name=config.model,
         architecture=model.cls.__name__,
         num_layers=model.text.num_hidden_layers,
@@ -100,38 +113,9 @@ def load_spec(config: EngineConfig) -> ModelSpec:
         max_model_len=_max_model_len(config, model),
         eos_token_ids=_eos_token_ids(config, model),
         dtype=_dtype(config, model),
-        num_active_parameters=_num_active_parameters(config, model),
+        num_active_parameters=_num_active_parameters(model, built),
     )
-
-
-def _read(config: EngineConfig) -> _Model:
-    folder = Path(config.model)
-    if folder.is_file():
-        raise ConfigError(f"model={config.model!r} is a file; give the folder that it is in")
-    weight_names = _weight_names(folder, config.model) if folder.is_dir() else []
-    hf = _read_config(config)
-    cls = _model_class(config, hf)
-    return _Model(hf, hf.get_text_config(decoder=True), cls, weight_names)
-
-
-def _weight_names(folder: Path, name: str) -> list[str]:
-    """Names of a checkpoint's tensors, from the header of its only file or from its index."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"model={name!r}: the folder has no config.json")
-    if not single.is_file() and not index.is_file():
-        raise ConfigError(f"model={name!r}: the folder has no safetensors weights")
-    try:
-        if single.is_file():
-            with safe_open(single, framework="numpy") as weights:
-                return list(weights.keys())
-        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ConfigError(f"model={name!r}: its weights can't be read: {error}") from error
-    for file in sorted(set(files.values())):
-        if not (folder / file).is_file():
-            raise ConfigError(f"model={name!r}: the folder has no {file}")
-    return list(files)
+    return spec, sum(weight.numel() for weight in built.parameters())  # shared ones count once
 
 
 def _read_config(config: EngineConfig) -> Any:
@@ -206,8 +190,6 @@ def _faults(model: _Model) -> Iterator[str]:
     for field, fault in _ATTENTION_FIELDS.items():
         if getattr(text, field, None):
             yield fault
-    if any("sink" in name.rpartition(".")[2] for name in model.weight_names):
-        yield "its attention has sinks"
     if not cls._supports_attention_backend:
         yield "its code doesn't let another attention function in"
     for field in ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"):
@@ -302,14 +284,20 @@ def _dtype(config: EngineConfig, model: _Model) -> str:
     return dtype
 
 
-def _num_active_parameters(config: EngineConfig, model: _Model) -> int:
-    """Counted in a model without memory; a checkpoint's tensors may have other names and types."""
+def _built(config: EngineConfig, model: _Model) -> Any:
+    """The model without memory for its weights; a checkpoint's may have other names and types."""
     try:
         with torch.device("meta"):
             built = model.cls(model.text)
     except Exception as error:  # models raise errors of many kinds
         reason = " ".join(str(error).split())
         raise ConfigError(f"model={config.model!r} can't be built: {reason}") from error
+    if any("sink" in name.rpartition(".")[2] for name, _ in built.named_parameters()):
+        raise _unsupported(config, model.cls.__name__, "its attention has sinks")
+    return built
+
+
+def _num_active_parameters(model: _Model, built: Any) -> int:
     active: int | None = getattr(model.text, "num_experts_per_tok", None)
     head, count = built.get_output_embeddings(), 0
     for name, module in built.named_modules():

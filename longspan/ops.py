@@ -8,7 +8,7 @@ Layouts are token-first: queries [T, H, D] of T tokens, H heads and head size D;
 Off the CPU the kernel is for now the reference, which keeps all T x H x S scores in memory.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -158,10 +158,10 @@ def _agree(
     """Every rank's T and S [R, 2], after all ranks have seen that all their arguments fit."""
     fault, own = None, [0] * 9
     try:
-        if strategy not in STRATEGIES:
-            raise ValueError(f"strategy={strategy!r} must be one of {sorted(STRATEGIES)}")
+        if strategy not in get_args(Strategy):
+            raise ValueError(f"strategy={strategy!r} must be one of {sorted(get_args(Strategy))}")
         _check(q, k, v, q_positions, kv_positions)
-        kind, way = _TYPES.index(q.dtype), sorted(STRATEGIES).index(strategy)
+        kind, way = _TYPES.index(q.dtype), get_args(Strategy).index(strategy)
         own = [1, *q.shape[1:], k.shape[1], kind, way, int(causal), len(q), len(k)]
     except ValueError as error:
         fault = error

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-Strategy = Literal["local", "pass_kv", "gather_kv", "pass_q"]
+Strategy = Literal["local", "pass_kv", "gather_kv", "pass_q", "tree"]
 
 
 class Run(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -138,11 +138,12 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Traffic(msgspec.Struct, array_like=True, gc=False):
-    """Messages sent to other ranks and their bytes."""
+    """Messages sent to other ranks and their bytes; `far_bytes` are those to other hosts."""
 
     calls: int = 0
     messages: int = 0
     bytes: int = 0
+    far_bytes: int = 0
 
 
 class RankResult(msgspec.Struct, frozen=True, array_like=True, gc=False):

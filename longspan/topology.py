@@ -33,6 +33,10 @@ class Topology(msgspec.Struct, frozen=True, array_like=True):
     def num_hosts(self) -> int:
         return len(set(self.hosts))
 
+    def num_ranks_beside(self, rank: int) -> int:
+        """How many ranks a rank's host has, itself among them."""
+        return self.hosts.count(self.hosts[rank])
+
     def link(self, one: int, other: int) -> Link:
         """What joins two ranks."""
         if self.hosts[one] != self.hosts[other]:

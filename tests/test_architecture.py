@@ -46,6 +46,19 @@ MAY_IMPORT = {
         "longspan.config",
         "longspan.sampling_params",
     ),
+    "longspan.cost.forecast": (
+        "longspan.cost",
+        "longspan.plan",
+        "longspan.topology",
+        "longspan.engine",
+        "longspan.config",
+    ),
+    "longspan.cost.capacity": (
+        "longspan.cost",
+        "longspan.topology",
+        "longspan.errors",
+        "longspan.config",
+    ),
 }
 """What of Longspan these packages import and nothing else; a module of its own has its own line."""
 
@@ -66,7 +79,12 @@ IMPORTED_ALONE = (
     "longspan.engine.completion",
     "longspan.engine.executor",
     "longspan.cost.strategy",
+    "longspan.cost.choice",
+    "longspan.cost.calibration",
     "longspan.cost.simulate",
+    "longspan.cost.capacity",
+    "longspan.capacity_table",
+    "longspan.plot",
 )
 """Modules that a process without torch can import."""
 
@@ -196,6 +214,16 @@ def test_a_function_fits_a_screen(module: str) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = num_lines(node)
             assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+def test_matplotlib_is_needed_by_one_file_and_not_to_import_it() -> None:
+    users = {
+        m for m, names in imports().items() if any(is_within(n, ("matplotlib",)) for n in names)
+    }
+    assert users == {"longspan.plot"}
+    check = "import sys, longspan.plot; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_the_public_names_are_pinned() -> None:

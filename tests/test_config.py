@@ -17,13 +17,15 @@ COUNTS = (
     "max_num_batched_tokens",
     "max_num_seqs",
     "min_tokens_per_rank",
+    "nnodes",
+    "context_parallel_size_local",
 )
 
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu", "cuda"),
-    "attention_strategy": ("auto", "pass_kv", "gather_kv", "pass_q"),
-    "distributed_executor_backend": (None, "mp", "uni"),
+    "attention_strategy": ("auto", "pass_kv", "gather_kv", "pass_q", "tree"),
+    "distributed_executor_backend": (None, "mp", "uni", "ray"),
 }
 
 
@@ -63,7 +65,7 @@ def test_sizes_are_whole_numbers_of_at_least_one(name: str, value: object) -> No
     assert refusal(**{name: value}) == f"{name}={value!r} must be a whole number of at least 1"
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", COUNTS[:-2])
 def test_sizes_may_be_large(name: str) -> None:
     assert getattr(accepted(**{name: 10**6}), name) == 10**6
 
@@ -192,3 +194,48 @@ def test_a_list_of_sizes_is_kept_as_a_tuple_however_it_came() -> None:
     sizes: Any = [64, 32]
     config = EngineConfig(model="m", context_parallel_size=2, kv_cache_tokens=sizes)
     assert config.kv_cache_tokens_of(1) == 32
+
+
+def test_ranks_are_shared_evenly_by_nodes_or_as_each_says() -> None:
+    even = accepted(context_parallel_size=4, nnodes=2)
+    assert (even.executor, even.num_local_ranks) == ("mp", 2)
+    uneven = accepted(context_parallel_size=3, nnodes=2, context_parallel_size_local=1)
+    assert uneven.num_local_ranks == 1
+    assert accepted(context_parallel_size=3).num_local_ranks == 3
+    line = refusal(context_parallel_size=3, nnodes=2)
+    assert line.startswith("context_parallel_size=3 can't be shared evenly by nnodes=2; set")
+    line = refusal(context_parallel_size=3, nnodes=2, context_parallel_size_local=3)
+    assert line.startswith("context_parallel_size_local=3 leaves less than a rank for each other")
+    line = refusal(context_parallel_size=3, context_parallel_size_local=2)
+    assert line.startswith("context_parallel_size_local=2 is not context_parallel_size=3")
+
+
+def test_a_node_that_lends_says_only_what_it_brings() -> None:
+    accepted(nnodes=2, node_rank=1)
+    accepted(nnodes=2, node_rank=1, context_parallel_size_local=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limits"),
+    [
+        ("node_rank", 2, "from 0 to 1"),
+        ("node_rank", -1, "from 0 to 1"),
+        ("node_rank", "1", "from 0 to 1"),
+        ("master_port", 0, "from 1 to 65535"),
+        ("master_port", 65536, "from 1 to 65535"),
+    ],
+)
+def test_numbers_of_nodes_and_ports_have_limits(name: str, value: object, limits: str) -> None:
+    line = refusal(nnodes=2, context_parallel_size=2, **{name: value})
+    assert line == f"{name}={value!r} must be a whole number {limits}"
+
+
+@pytest.mark.parametrize("value", ["", None, 127])
+def test_node_0_has_an_address(value: object) -> None:
+    assert refusal(master_addr=value).endswith("must be an address or a host's name")
+
+
+@pytest.mark.parametrize("backend", ["uni", "ray"])
+def test_nodes_are_processes(backend: str) -> None:
+    line = refusal(nnodes=2, context_parallel_size=2, distributed_executor_backend=backend)
+    assert line.startswith(f"nnodes=2 and distributed_executor_backend={backend!r} contradict")

@@ -10,13 +10,14 @@ from rich.console import Console
 
 import longspan.progress
 from longspan.config import EngineConfig
-from longspan.cost.model import CPU_THREAD
+from longspan.cost.rates import CPU_THREAD
 from longspan.engine.engine import Engine, KVUsage
 from longspan.models import ModelSpec
 from longspan.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from longspan.plan import RankPlan, RankResult, Sampled
 from longspan.progress import Progress, Snapshot, kv_cells, summary
 from longspan.sampling_params import SamplingParams
+from longspan.topology import Topology
 
 SPEC = ModelSpec(
     name="stub",
@@ -39,6 +40,7 @@ class Ranks:
     def __init__(self, num_ranks: int, seconds: float = 0.0) -> None:
         self.num_pages = (627,) * num_ranks
         self.rates = CPU_THREAD
+        self.topology = Topology.of_hosts([num_ranks])
         self._seconds = seconds
         self._done: dict[int, RankResult] = {}
 

@@ -1,143 +1,133 @@
 """How long a step takes: sums of a few rates of a rank's device and its links. Pure Python.
 
-Nothing is assumed to overlap, and nothing to wait for other ranks: a rank's part of a step is its
-fixed cost, its tokens through the layers, its attention, and what it sends, one after the other.
+A rank's part of a step is its fixed cost, its tokens through the layers, its attention, and of its
+messages what does not travel behind attention (`cost/overlap.py`). Waiting for ranks that have more
+to do is not counted: a step takes as long as its slowest rank.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from math import sqrt
-from typing import TYPE_CHECKING, NamedTuple, Self
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, NamedTuple, Self, get_args
 
-from longspan.cost.strategy import KVShape, choose, num_calls, seen_keys, sent_bytes
-from longspan.plan import Segment, Shard, Strategy
+from longspan.cost.curve import Curve
+from longspan.cost.overlap import HERE, Hidden, Leg, Shared, legs
+from longspan.cost.rates import LinkRates, Rates
+from longspan.cost.strategy import Calls, KVShape, Sent, num_calls, seen_keys, sent_bytes
+from longspan.plan import Run, Segment, Shard, Strategy
+from longspan.topology import Link, Topology
 
 if TYPE_CHECKING:
     from longspan.models import ModelSpec
 
+ONE_HOST = Topology.of_hosts([256])
+"""Ranks of which nothing else is known."""
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What one rank's device and its links do.
+KEYS_TRAVEL: frozenset[Strategy] = frozenset(("pass_kv", "gather_kv"))
+"""Strategies in which a rank computes its own queries; in the others queries travel."""
 
-    `step_seconds` is a step's fixed cost (plan, launches), `link_seconds` the latency of one
-    exchange. All others are per second: floating point operations in linear layers and in
-    attention, bytes of weights or KV that are read, bytes that are sent to other ranks.
+
+def _computes_own(strategy: Strategy) -> bool:
+    return strategy == "local" or strategy in KEYS_TRAVEL
+
+
+class Prediction(NamedTuple):
+    """What one strategy costs a segment: seconds, messages one after the other, and bytes.
+
+    `seconds` are those of the slowest rank's attention and of what it waits for beside it, over
+    all layers. `calls` are of one layer, `sent` of all ranks in all layers.
     """
 
-    step_seconds: float
-    linear_flops: float
-    attention_flops: float
-    memory_bytes: float
-    link_seconds: float
-    link_bytes: float
-
-    def of_threads(self, threads: int) -> Self:
-        """A device that computes and reads with so many threads; its links stay what they are."""
-        return replace(
-            self,
-            linear_flops=self.linear_flops * threads,
-            attention_flops=self.attention_flops * threads,
-            memory_bytes=self.memory_bytes * threads,
-        )
-
-
-CPU_THREAD = Rates(
-    step_seconds=2e-3,
-    linear_flops=90e9,
-    attention_flops=90e9,
-    memory_bytes=12e9,
-    link_seconds=110e-6,
-    link_bytes=2.4e9,
-)
-"""One thread of a server CPU, measured in float32 on 2 cores of an AMD EPYC (AVX-512).
-
-Linear layers of 512 to 1536 numbers: 93e9 flops/s for 512 tokens, 77e9 for 64. Attention (8 query
-heads, 2 KV heads, size 64) of 512 tokens over 8192 cached ones: 90e9; among 512 new ones, of which
-half is masked: 44e9. One token's attention reads 32768 tokens' KV at 11e9 bytes/s, its linear
-layers weights at 15e9 to 21e9. An exchange between two processes over gloo takes 100 to 160 us,
-and 1 MiB or more each way 2.0e9 to 2.6e9 bytes/s. A step of one token through a model of tiny
-layers takes 0.85 ms with 3 of them and 2.7 ms with 12.
-"""
-
-CUDA = Rates(
-    step_seconds=5e-3,
-    linear_flops=500e12,
-    attention_flops=500e12,
-    memory_bytes=2.8e12,
-    link_seconds=20e-6,
-    link_bytes=300e9,
-)
-"""One datacentre GPU of NVIDIA's Hopper generation in bfloat16, its links NVLink. Guesses.
-
-Flops are those that arXiv 2411.01783 reports for an H100 in long prefills, 502e12 a second of all
-and 540e12 of attention alone. Memory and links reach 80 % and 65 % of the vendor's 3.35e12 and
-450e9 bytes/s; latency is that of a small NCCL collective in one server. A step of an uncompiled
-model of some 30 layers is a thousand launches of about 5 us.
-"""
-
-
-class _Curve(NamedTuple):
-    """Seconds `(square * n + slope) * n + start` for n tokens; no coefficient is negative."""
-
-    square: float
-    slope: float
-    start: float
-
-    def at(self, tokens: float) -> float:
-        return (self.square * tokens + self.slope) * tokens + self.start
-
-    def inverse(self, seconds: float) -> float:
-        """Tokens that take so long; less than 0 if `start` alone takes longer."""
-        rest = seconds - self.start
-        if rest <= 0:
-            return rest
-        # This form of the root is exact too where `square` is 0 or almost.
-        return 2 * rest / (self.slope + sqrt(self.slope * self.slope + 4 * self.square * rest))
+    seconds: float
+    calls: Calls
+    sent: Sent
 
 
 class _Part:
     """What a rank has to do in a step, as far as it has been counted."""
 
-    __slots__ = ("calls", "seconds", "tokens")
+    __slots__ = ("local", "shared", "tokens")
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.seconds = 0.0
-        self.calls: dict[tuple[Strategy, tuple[int, ...]], int] = {}
+        self.local = 0.0
+        self.shared: dict[tuple[Strategy, tuple[int, ...]], Shared] = {}
 
 
 class CostModel:
     """Seconds of steps, chunks, decode tokens and moves of one model on equal ranks.
 
     For H query heads of size D, L layers and W active parameters: a token takes
-    `2 W / linear_flops`; attention whichever is longer of `4 H D L / attention_flops` for each
-    query that sees a key and `L key_bytes / memory_bytes` for each key that is read.
+    `2 W / linear_flops`; attention of a segment's queries over one rank's keys `attend_seconds` in
+    each layer, and whichever is longer of `4 H D L / attention_flops` for each query that sees a
+    key and `L key_bytes / memory_bytes` for each key that is read.
     """
 
-    def __init__(self, shape: KVShape, num_active_parameters: int, rates: Rates) -> None:
+    def __init__(
+        self,
+        shape: KVShape,
+        num_active_parameters: int,
+        rates: Rates,
+        topology: Topology = ONE_HOST,
+        hidden: Hidden = HERE,
+    ) -> None:
         self.shape = shape
         self.rates = rates
+        self.topology = topology
+        self.hidden = hidden
         layers = shape.num_layers
         weights = num_active_parameters * shape.itemsize / rates.memory_bytes
         self._base = rates.step_seconds + weights
         self._token = 2 * num_active_parameters / rates.linear_flops
+        self._attend = layers * rates.attend_seconds
         self._pair = 4 * shape.num_heads * shape.head_dim * layers / rates.attention_flops
         self._key = layers * shape.key_bytes / rates.memory_bytes
         self._seen = max(self._pair, self._key)  # one query's attention over one key
-        self._call = layers * rates.link_seconds
-        self._sent_byte = layers / rates.link_bytes
-        self._sent_key = shape.key_bytes * self._sent_byte
-        self._sent_query = shape.query_bytes * self._sent_byte
+        inside = {topology.link(*pair) for pair in pairwise(range(topology.num_ranks))} - {
+            "network"
+        }
+        self._inside: Link = "device" if inside == {"device"} else "host"
+        self._host_size = max(topology.hosts.count(host) for host in set(topology.hosts))
+        self.strategies: tuple[Strategy, ...] = tuple(
+            strategy
+            for strategy in get_args(Strategy)
+            if strategy != "local" and (strategy != "tree" or topology.num_hosts > 1)
+        )
+        """Those that there are between ranks."""
+        self._even: dict[int, list[tuple[Strategy, Sent, list[Leg]]]] = {}
 
     @classmethod
-    def of(cls, spec: "ModelSpec", rates: Rates) -> Self:
-        return cls(KVShape.of(spec), spec.num_active_parameters, rates)
+    def of(cls, spec: "ModelSpec", rates: Rates, topology: Topology = ONE_HOST) -> Self:
+        return cls(KVShape.of(spec), spec.num_active_parameters, rates, topology)
 
     @property
     def base_seconds(self) -> float:
         """What a step takes before its first token: its fixed cost, and all weights read once."""
         return self._base
+
+    def predict(self, strategy: Strategy, shards: Sequence[Shard]) -> Prediction:
+        """What a segment costs with a strategy, if nothing else is in the step."""
+        return self.predict_each((strategy,), shards)[strategy]
+
+    def predict_each(
+        self, strategies: Iterable[Strategy], shards: Sequence[Shard]
+    ) -> dict[Strategy, Prediction]:
+        """What a segment costs with each of some strategies."""
+        ranks = [shard.rank for shard in shards]
+        attention: dict[bool, list[tuple[float, float]]] = {}
+        predicted = {}
+        for strategy in strategies:
+            here = _computes_own(strategy)
+            if here not in attention:
+                attention[here] = self._attention(here, shards)
+            calls, legs = self._exchange(strategy, ranks)
+            sent = sent_bytes(strategy, shards, self.shape, self.topology)
+            seconds = max(
+                own + rest + sum(leg.exposed(out, own, rest) for leg in legs)
+                for (own, rest), out in zip(attention[here], sent, strict=True)
+            )
+            near, far = (self.shape.num_layers * sum(kind) for kind in zip(*sent, strict=True))
+            predicted[strategy] = Prediction(seconds, calls, Sent(near, far))
+        return predicted
 
     def step_seconds(self, segments: Iterable[Segment]) -> dict[int, float]:
         """Each rank's part of a step: everything in which it has a share.
@@ -152,37 +142,81 @@ class CostModel:
             if len(shards) == 1 and shards[0].num_queries == 1:  # most by far
                 part = parts.get(shards[0].rank) or parts.setdefault(shards[0].rank, _Part())
                 part.tokens += 1
-                part.seconds += self._seen * (shards[0].cached + 1)
+                part.local += self._attend + self._seen * (shards[0].cached + 1)
             else:
                 self._count(segment, parts)
         return {
             rank: (self._base if part.tokens else self.rates.step_seconds)
             + self._token * part.tokens
-            + part.seconds
-            + self._call * sum(part.calls.values())
+            + part.local
+            + sum(shared.seconds(part.local) for shared in part.shared.values())
             for rank, part in parts.items()
         }
 
     def _count(self, segment: Segment, parts: dict[int, _Part]) -> None:
         shards, strategy = segment.shards, segment.strategy
-        ring = tuple(shard.rank for shard in shards)
-        key = strategy, ring if strategy == "pass_kv" else ()
-        calls = num_calls(strategy, len(ring))
-        seen = seen_keys(strategy, shards)
-        sent = sent_bytes(strategy, shards, self.shape)
-        for shard, (pairs, keys), out in zip(shards, seen, sent, strict=True):
-            part = parts.get(shard.rank) or parts.setdefault(shard.rank, _Part())
-            part.tokens += shard.num_queries
-            part.seconds += max(self._pair * pairs, self._key * keys) + self._sent_byte * out
-            if calls:
-                part.calls[key] = calls
+        ranks = tuple(shard.rank for shard in shards)
+        attention = self._attention(_computes_own(strategy), shards)
+        for rank in ranks:
+            parts.setdefault(rank, _Part())
+        for shard in shards:
+            parts[shard.rank].tokens += shard.num_queries
+        if len(shards) == 1:
+            parts[ranks[0]].local += sum(attention[0])
+            return
+        key = strategy, ranks if strategy == "pass_kv" else ()
+        legs = self._exchange(strategy, ranks)[1]
+        sent = sent_bytes(strategy, shards, self.shape, self.topology)
+        for rank, (own, rest), (near, far) in zip(ranks, attention, sent, strict=True):
+            shared = parts[rank].shared.setdefault(key, Shared(legs))
+            shared.own += own
+            shared.rest += rest
+            shared.near += near
+            shared.far += far
+
+    def _attention(self, here: bool, shards: Sequence[Shard]) -> list[tuple[float, float]]:
+        """Each rank's seconds of attention: its queries over its keys, and all other.
+
+        The other is of its own queries, or where they travel, not `here`, of others' over its keys,
+        which it reads again for each rank that asks.
+        """
+        seen = seen_keys("pass_kv" if here else "pass_q", shards)
+        asked = [shard.num_queries for shard in shards]
+        held = [shard.num_keys for shard in shards]
+        num_asking, num_holding = sum(map(bool, asked)), sum(map(bool, held))
+        seconds = []
+        for shard, queries, keys, (pairs, _) in zip(shards, asked, held, seen, strict=True):
+            inside = queries * shard.cached + queries * (queries + 1) // 2
+            own = self._attention_seconds(1, inside, keys) if queries else 0.0
+            if here:
+                times, reads = num_holding - bool(keys), sum(held) - keys
+                rest = self._attention_seconds(times, pairs - inside, reads) if queries else 0.0
+            else:
+                times = num_asking - bool(queries)
+                rest = self._attention_seconds(times, pairs - inside, times * keys) if keys else 0.0
+            seconds.append((own, rest))
+        return seconds
+
+    def _attention_seconds(self, times: int, pairs: int, keys: int) -> float:
+        """Attention in so many parts: pairs of a query and a key that it sees, keys read."""
+        return self._attend * times + max(self._pair * pairs, self._key * keys)
+
+    def _exchange(self, strategy: Strategy, ranks: Sequence[int]) -> tuple[Calls, list[Leg]]:
+        """How an exchange goes between these ranks. Two ranks need no all-to-all."""
+        one = strategy == "pass_kv" or len(ranks) == 2
+        link = self.rates.hop if one else self.rates.exchange
+        calls = num_calls(strategy, ranks, self.topology)
+        if not sum(calls):
+            return calls, []
+        near, far = link(self._inside), link("network")
+        return calls, legs(strategy, len(ranks), calls, near, far, self.shape, self.hidden)
 
     def prefill_seconds(self, new: int, cached: int, degree: int) -> float:
         """What a chunk balanced over `degree` ranks adds to the step of each, in seconds.
 
         `new` tokens after `cached` ones: `new / degree` of the linear layers,
-        `new * cached + new * (new + 1) / 2` pairs shared alike, and the exchange of pass-KV or
-        pass-Q, whichever is faster: so more tokens never take less time.
+        `new * cached + new * (new + 1) / 2` pairs shared alike, and the exchange of the strategy
+        that is fastest: so more tokens never take less time. Ranks are on as few hosts as can be.
         """
         if new < 1:
             return 0.0
@@ -204,43 +238,69 @@ class CostModel:
             return tokens + 1
         return tokens
 
-    def _curves(self, cached: int, degree: int) -> list[tuple[_Curve, _Curve]]:
-        """Seconds of a chunk with each strategy: the higher of computing and of reading keys."""
-        token, key = self._token / degree, self._key
-        square = self._pair / (2 * degree)
-        pairs = token + square * (2 * cached + 1)
+    def _curves(self, cached: int, degree: int) -> list[list[Curve]]:
+        """Seconds of a chunk with each strategy: the highest of several curves.
+
+        Attention is the higher of computing and of reading: all keys once, or where queries travel
+        a rank's own keys for each of the ranks.
+        """
+        start, square = self._attend * degree, self._pair / (2 * degree)
+        linear = Curve(0.0, self._token / degree, 0.0)
+        computing = Curve(square, square * (2 * cached + 1), start)
+        reading = Curve(0.0, self._key, start + self._key * cached)
+        found = []
+        for strategy, sent, strategy_legs in self._even_exchanges(degree):
+            travelling = cached if strategy in KEYS_TRAVEL else 0
+            options = [leg.curves(sent, travelling, degree) for leg in strategy_legs]
+            curves = []
+            for messages in product(*options):
+                whole, part = linear, 1.0
+                for curve, hidden in messages:
+                    whole, part = whole.plus(curve), part - hidden
+                curves += [whole.plus(one.times(max(part, 0.0))) for one in (computing, reading)]
+            found.append(curves)
+        return found
+
+    def _even_exchanges(self, degree: int) -> list[tuple[Strategy, Sent, list[Leg]]]:
+        """The exchanges of a chunk that is even over the first so many ranks.
+
+        What the slowest rank sends if one token of each rank travels.
+        """
         if degree == 1:
-            return [(_Curve(square, pairs, 0.0), _Curve(0.0, token + key, key * cached))]
-        calls = self._call * num_calls("pass_kv", degree)
-        sent = self._sent_key * (degree - 1) / degree
-        pass_kv = (
-            _Curve(square, pairs + sent, calls + sent * cached),
-            _Curve(0.0, token + key + sent, calls + (key + sent) * cached),
-        )
-        calls = self._call * num_calls("pass_q", degree)
-        sent, key = self._sent_query * (degree - 1) / degree, key / degree
-        pass_q = (
-            _Curve(square, pairs + sent, calls),
-            _Curve(0.0, token + key + sent, calls + key * cached),
-        )
-        return [pass_kv, pass_q]
+            return [("local", Sent(0, 0), [])]
+        if degree not in self._even:
+            runs = [(Run(rank, 1),) for rank in range(degree)]
+            shards = [Shard(rank, run, 0, run) for rank, run in enumerate(runs)]
+            self._even[degree] = []
+            for strategy in self.strategies:
+                _, found = self._exchange(strategy, range(degree))
+                sent = sent_bytes(strategy, shards, self.shape, self.topology)
+                most = max(sent, key=lambda one: sum(leg.seconds(one) for leg in found))
+                self._even[degree].append((strategy, most, found))
+        return self._even[degree]
 
     def decode_seconds(self, keys: Sequence[int]) -> float:
         """What one decode token adds, with so many keys of its request on each holder.
 
         On one holder that is all; else the slowest holder's attention, and in every layer a pass-Q
-        exchange with each of the others.
+        exchange with each of the others, behind which nothing is computed.
         """
-        seconds = self._token + self._seen * max(keys)
-        if len(keys) == 1:
+        seconds = self._token + self._attend + self._seen * max(keys)
+        size = len(keys)
+        if size == 1:
             return seconds
-        return seconds + 2 * self._call + self._sent_query * (len(keys) - 1)
+        link = self._link(size, one=size == 2)
+        sent = self.shape.query_bytes * (size - 1) / link.bytes
+        return seconds + self.shape.num_layers * (2 * link.seconds + sent)
 
     def move_seconds(self, tokens: int) -> float:
         """Copying so many tokens' keys and values of all layers to another rank, in one message."""
         if tokens < 1:
             return 0.0
-        return self.rates.link_seconds + self.shape.token_bytes * tokens / self.rates.link_bytes
+        link = self._link(self.topology.num_ranks, one=True)
+        return link.seconds + self.shape.token_bytes * tokens / link.bytes
 
-    def strategy(self, shards: Sequence[Shard]) -> Strategy:
-        return choose(shards, self.shape)
+    def _link(self, size: int, one: bool) -> LinkRates:
+        """What joins so many ranks, on as few hosts as can be."""
+        kind: Link = self._inside if size <= self._host_size else "network"
+        return self.rates.hop(kind) if one else self.rates.exchange(kind)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from longspan.config import EngineConfig
-from longspan.cost.model import CUDA, CostModel, Rates
+from longspan.cost.calibration import Calibration
+from longspan.cost.model import CostModel
+from longspan.cost.rates import CUDA, Rates
 from longspan.cost.trace import Arrival, Trace
 from longspan.cost.virtual import Plans, VirtualExecutor
 from longspan.engine.completion import Group
@@ -18,6 +20,7 @@ from longspan.engine.engine import Engine
 from longspan.errors import ConfigError, InvalidRequestError
 from longspan.plan import Sampling
 from longspan.sampling_params import SamplingParams
+from longspan.topology import Topology
 
 if TYPE_CHECKING:
     from longspan.models import ModelSpec
@@ -93,10 +96,13 @@ def simulate(
     config: EngineConfig,
     spec: "ModelSpec",
     num_pages: Sequence[int],
-    rates: Rates = CUDA,
+    rates: Rates | None = None,
+    topology: Topology | None = None,
 ) -> SimulationResult:
     """Serve a trace with ranks that have so many pages each, in predicted time.
 
+    Ranks do what `rates` say, or the config's calibration, or the guesses for a GPU; they are on
+    one host unless a topology says otherwise.
     Requests that can't be served are reported with their error.
 
     Raises:
@@ -106,7 +112,10 @@ def simulate(
         raise ConfigError(
             f"num_pages names {len(num_pages)} ranks; context_parallel_size={config.num_ranks}"
         )
-    return _Simulation(trace, config, spec, num_pages, rates).run()
+    if rates is None:
+        rates = CUDA if config.calibration is None else Calibration.load(config.calibration).rates
+    cost = CostModel.of(spec, rates, topology or Topology.of_hosts([config.num_ranks]))
+    return _Simulation(trace, config, spec, num_pages, cost).run()
 
 
 class _Simulation:
@@ -118,14 +127,14 @@ class _Simulation:
         config: EngineConfig,
         spec: "ModelSpec",
         num_pages: Sequence[int],
-        rates: Rates,
+        cost: CostModel,
     ) -> None:
         self._trace = trace
         self._vocab_size = spec.vocab_size
         self._executor = VirtualExecutor(
             num_pages,
             config.page_size,
-            CostModel.of(spec, rates),
+            cost,
             token_of=self._token_of,
             on_start=self._watch,
         )

@@ -38,8 +38,8 @@ class Admission:
         ledger = self._ledger
         fleet = Fleet(self._free, self._delays, ledger.is_idle)
         tokens = request.num_tokens
-        fair_degree = max(round(len(self._free) * tokens / max(self._waiting_tokens, tokens)), 1)
-        placement = self._placer.place(tokens, hits, fleet, fair_degree)
+        most = fair_degree(len(self._free), tokens, self._waiting_tokens)
+        placement = self._placer.place(tokens, hits, fleet, most)
         if placement is None:
             return None
         pages = ledger.pages_of(request.expected_tokens) - fleet.num_owned(placement.places)
@@ -58,3 +58,8 @@ class Admission:
             for rank, share in zip(preferred, shares, strict=True):
                 self._free[rank] -= share
             pages -= sum(shares)
+
+
+def fair_degree(num_ranks: int, tokens: int, waiting_tokens: int) -> int:
+    """A prompt's part of all ranks: that which its tokens are of all that wait."""
+    return max(round(num_ranks * tokens / max(waiting_tokens, tokens)), 1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from longspan.config import EngineConfig
 from longspan.cost.model import CostModel
+from longspan.cost.rates import Rates
 from longspan.engine.completion import Group
 from longspan.engine.detokenizer import Detokenizer
 from longspan.engine.executor import Executor
@@ -37,7 +38,10 @@ class KVUsage:
 
 
 class Engine:
-    """Serves requests over the ranks of an executor, a step at a time."""
+    """Serves requests over the ranks of an executor, a step at a time.
+
+    `rates` are measured ones, instead of what the executor takes its ranks to do.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class Engine:
         executor: Executor,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         clock: Callable[[], float] = time.monotonic,
+        rates: Rates | None = None,
     ) -> None:
         self.config = config
         self.spec = spec
@@ -53,7 +58,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.clock = clock
         self.ledger = Ledger(executor.num_pages, config.page_size)
-        self.scheduler = Scheduler(config, self.ledger, CostModel.of(spec, executor.rates))
+        cost = CostModel.of(spec, rates or executor.rates, executor.topology)
+        self.scheduler = Scheduler(config, self.ledger, cost)
         self.traffic: dict[str, Traffic] = {}
         self._groups: dict[str, Group] = {}
         self._numbers = itertools.count()
@@ -207,6 +213,7 @@ class Engine:
                 total.calls += sent.calls
                 total.messages += sent.messages
                 total.bytes += sent.bytes
+                total.far_bytes += sent.far_bytes
 
 
 def _mixed(seed: int, stream: int, index: int) -> int:

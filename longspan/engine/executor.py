@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from longspan.cost.model import Rates
+from longspan.cost.rates import Rates
 from longspan.plan import RankPlan, RankResult
+from longspan.topology import Topology
 
 
 class Executor(Protocol):
     """A fleet of ranks that run plans. `num_pages[r]` is the size of rank r's pool.
 
-    `rates` are what a rank's device and links do.
+    `rates` are what a rank's device and links do, `topology` is where the ranks are.
 
     Ranks work independently of each other, unless their plans have segments or moves in common:
     those must be started together.
@@ -18,6 +19,7 @@ class Executor(Protocol):
 
     num_pages: tuple[int, ...]
     rates: Rates
+    topology: Topology
 
     def start(self, plans: Mapping[int, RankPlan]) -> None:
         """Begin a step on ranks that are not at work.

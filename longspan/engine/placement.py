@@ -1,8 +1,9 @@
 """Which ranks a new request gets, by the predicted time to its first token."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+from longspan.config import EngineConfig
 from longspan.cost.model import CostModel
 from longspan.engine.prefix_cache import Hit, Place
 
@@ -54,6 +55,13 @@ class Placer:
         self.page_size = page_size
         self.one_step = one_step
         self.min_tokens_per_rank = min_tokens_per_rank
+
+    @classmethod
+    def of(cls, config: EngineConfig, cost: CostModel) -> Self:
+        """As an engine places: what fits one of its steps stays on one rank."""
+        one_step = cost.prefill_seconds(config.max_num_batched_tokens, 0, 1)
+        one_step = min(one_step, config.max_step_time or one_step)
+        return cls(cost, config.page_size, one_step, config.min_tokens_per_rank)
 
     def place(
         self, tokens: int, hits: Sequence[Hit], fleet: Fleet, max_degree: int

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from longspan.cost.choice import Choice
 from longspan.engine.detokenizer import Detokenizer
 from longspan.engine.prefix_cache import Place, chain
 from longspan.outputs import RequestMetrics
@@ -78,6 +79,8 @@ class Request:
     """The rank with its last page, which computes its decode tokens."""
     to_gather: list[int] = field(init=False, default_factory=list)
     """Its pages on other ranks that are still to be moved to its home."""
+    choice: Choice | None = field(init=False, default=None)
+    """How its ranks shared attention in its last step, if it was on several."""
     in_flight: bool = field(init=False, default=False)
     """Whether a step with it is under way: its pages can't be taken now."""
     doomed: bool = field(init=False, default=False)
@@ -130,7 +133,7 @@ class Request:
         """Forget where the keys were, after their pages have been given back."""
         self.metrics.kv_tokens = [self.num_keys(rank) for rank in range(num_ranks)]
         self.holdings, self.places, self.home, self.num_computed = {}, {}, None, 0
-        self.ranks, self.to_gather, self.doomed = [], [], False
+        self.ranks, self.to_gather, self.doomed, self.choice = [], [], False, None
 
     def adopt(self, places: Sequence[Place], page_size: int) -> None:
         """Begin with full pages of the prefix cache instead of computing them."""

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 
 from longspan.config import EngineConfig
+from longspan.cost.choice import decide
 from longspan.cost.model import CostModel
 from longspan.engine.admission import Admission
 from longspan.engine.cut import cut
@@ -40,13 +41,7 @@ class Scheduler:
         self._steps: dict[int, Step] = {}
         """The step that each busy rank is at."""
         self._gatherer = Gatherer(cost, ledger)
-        one_step = cost.prefill_seconds(config.max_num_batched_tokens, 0, 1)
-        self._placer = Placer(
-            cost,
-            config.page_size,
-            min(one_step, config.max_step_time or one_step),
-            config.min_tokens_per_rank,
-        )
+        self._placer = Placer.of(config, cost)
 
     @property
     def running(self) -> Collection[Request]:
@@ -273,9 +268,16 @@ class Scheduler:
             self._running.rank_with_room(request)
         return draft.idle.issuperset(request.ranks)
 
-    def _strategy(self, shards: Sequence[Shard]) -> Strategy:
+    def _strategy(self, request: Request, shards: Sequence[Shard]) -> Strategy:
+        """How a request's ranks share its attention in this step."""
+        if len(shards) == 1:
+            return "local"
         forced = self.config.attention_strategy
-        return self.cost.strategy(shards) if forced == "auto" or len(shards) == 1 else forced
+        if forced != "auto":
+            return forced
+        begins_page = request.num_computed % self.ledger.page_size == 0
+        request.choice = decide(shards, self.cost, request.choice, begins_page)
+        return request.choice.strategy
 
     def _computed(self, request: Request, end: int) -> None:
         """Count a request's tokens before `end` as computed; its full pages may be shared."""

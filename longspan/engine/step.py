@@ -31,7 +31,7 @@ class Chunk(NamedTuple):
 def prefill_chunk(
     request: Request,
     runs: Mapping[int, Sequence[Run]],
-    choose: Callable[[Sequence[Shard]], Strategy],
+    choose: Callable[[Request, Sequence[Shard]], Strategy],
 ) -> Chunk:
     """New tokens on several ranks, each of which has the pages for its own.
 
@@ -47,12 +47,12 @@ def prefill_chunk(
         request.holdings[rank].tokens += sum(run.length for run in new)
     end, request.home = max((new[-1].end, rank) for rank, new in runs.items())
     request.in_flight = True
-    strategy = choose(shards)
+    strategy = choose(request, shards)
     return Chunk(request, end, Segment(request.request_id, strategy, shards))
 
 
 def decode_chunk(
-    request: Request, rank: int, choose: Callable[[Sequence[Shard]], Strategy]
+    request: Request, rank: int, choose: Callable[[Request, Sequence[Shard]], Strategy]
 ) -> Chunk:
     """The next token of a decoding request, on a rank that has the page for it."""
     new, holdings = (Run(request.num_computed, 1),), request.holdings
@@ -64,7 +64,7 @@ def decode_chunk(
             holdings.items() if len(holdings) == 1 else sorted(holdings.items())
         )
     )
-    strategy: Strategy = "local" if len(shards) == 1 else choose(shards)
+    strategy: Strategy = "local" if len(shards) == 1 else choose(request, shards)
     holdings[rank].tokens += 1
     request.home = rank
     request.in_flight = True

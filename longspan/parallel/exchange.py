@@ -10,6 +10,8 @@ from torch import Tensor
 from longspan.attention.kernel import Kernel
 from longspan.attention.state import AttentionState
 from longspan.parallel.blockwise import Blocks, attend
+from longspan.parallel.ring import Ring
+from longspan.parallel.routes import Routes
 from longspan.parallel.tiles import Tile, tiles
 from longspan.parallel.transport import Message, Transport, Wait
 from longspan.plan import Segment
@@ -33,7 +35,6 @@ class Exchange:
         self.rank = transport.rank
         self._tiles: dict[tuple[int, int, int], list[Tile]] = {}
         self._seeing: dict[tuple[int, int], list[int]] = {}
-        self._travellers: dict[tuple[int, int], list[int]] = {}
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -43,6 +44,21 @@ class Exchange:
     @cached_property
     def others(self) -> list[int]:
         return [rank for rank in self.ranks if rank != self.rank]
+
+    @cached_property
+    def ring(self) -> Ring:
+        """pass-KV's way of keys."""
+        return Ring(self.segments, self.ranks, self.transport.topology.hosts, self.rank)
+
+    @cached_property
+    def direct_routes(self) -> Routes:
+        """pass-Q's way of queries: every rank is asked by itself."""
+        return Routes(self.segments, self.rank, range(self.transport.size))
+
+    @cached_property
+    def host_routes(self) -> Routes:
+        """tree's way of queries: every host is asked by itself."""
+        return Routes(self.segments, self.rank, self.transport.topology.hosts)
 
     def num_queries(self, index: int, rank: int) -> int:
         return self.segments[index].shard(rank).num_queries
@@ -61,16 +77,9 @@ class Exchange:
             ]
         return self._seeing[key]
 
-    def num_seeing(self, queries_on: int, keys_on: int) -> int:
-        """How many queries on one rank there are for the keys on another."""
-        return sum(
-            self.num_queries(index, queries_on) for index in self.seeing(queries_on, keys_on)
-        )
-
-    def num_seen(self, queries_on: int, keys_on: int) -> int:
-        """How many tokens' keys on one rank the queries on another are for."""
-        seeing = self.seeing(queries_on, keys_on)
-        return sum(self.num_keys(index, keys_on) for index in seeing)
+    def count_keys(self, indices: Sequence[int], rank: int) -> int:
+        """How many tokens' keys of some segments a rank has."""
+        return sum(self.num_keys(index, rank) for index in indices)
 
     def tiles(self, index: int, queries_on: int, keys_on: int) -> list[Tile]:
         key = (index, queries_on, keys_on)
@@ -78,35 +87,6 @@ class Exchange:
             segment = self.segments[index]
             self._tiles[key] = tiles(segment.shard(queries_on), segment.shard(keys_on))
         return self._tiles[key]
-
-    def travellers(self, origin: int, hop: int) -> list[int]:
-        """The segments whose keys on `origin` make hop number `hop` of a ring over `ranks`.
-
-        Those that go furthest come first: keys go no further than the last rank that has queries
-        for them, so a block is cut from its end as it travels.
-        """
-        key = (origin, hop)
-        if key not in self._travellers:
-            reach = {
-                index: self._reach(index, origin)
-                for index in range(len(self.segments))
-                if self.num_keys(index, origin)
-            }
-            going = [index for index in reach if reach[index] >= hop]
-            self._travellers[key] = sorted(going, key=lambda index: (-reach[index], index))
-        return self._travellers[key]
-
-    def num_travelling(self, origin: int, hop: int) -> int:
-        """How many tokens' keys of `origin` make hop number `hop`."""
-        return sum(self.num_keys(index, origin) for index in self.travellers(origin, hop))
-
-    def _reach(self, index: int, origin: int) -> int:
-        ring, start = self.ranks, self.ranks.index(origin)
-        hops = range(1, len(ring))
-        return max(
-            (hop for hop in hops if self.num_queries(index, ring[(start + hop) % len(ring)])),
-            default=0,
-        )
 
 
 @dataclass(frozen=True)
@@ -139,6 +119,11 @@ class LayerExchange:
         heads, _, head_dim = self.shape
         return self.like.new_empty(tokens, heads, head_dim)
 
+    def empty_packed_states(self, tokens: int) -> Tensor:
+        """Room for states as they travel: `out` and `lse` side by side, float32."""
+        heads, _, head_dim = self.shape
+        return self.like.new_empty(tokens, heads, head_dim + 1, dtype=torch.float32)
+
     def key_numbers(self, tokens: int) -> int:
         """How many numbers the keys and values of so many tokens are."""
         _, kv_heads, head_dim = self.shape
@@ -151,15 +136,19 @@ class LayerExchange:
     def pack_keys(self, indices: Sequence[int]) -> Tensor:
         """This rank's keys and values of some segments, one [2, G, S, D] after the other, flat."""
         origin = self.exchange.rank
-        packed = self.empty_keys(sum(self.exchange.num_keys(index, origin) for index in indices))
+        packed = self.empty_keys(self.exchange.count_keys(indices, origin))
         for index, part in zip(indices, self._unpack(packed, indices, origin), strict=True):
             torch.cat(tuple(self.keys[index]), dim=2, out=part)
         return packed
 
-    def pack_queries(self, indices: Sequence[int]) -> Tensor:
-        """This rank's queries of some segments, one after the other [T, H, D]."""
-        queries = [self.queries[index] for index in indices]
-        return torch.cat(queries) if queries else self.empty_queries(0)
+    def cut(
+        self, packed: Tensor, origin: int, indices: Sequence[int], rest: Sequence[int]
+    ) -> Tensor:
+        """What remains of packed keys of the segments `indices`: those of `rest`, in its order."""
+        if rest == indices[: len(rest)]:
+            return packed[: self.key_numbers(self.exchange.count_keys(rest, origin))]
+        parts = dict(zip(indices, self._unpack(packed, indices, origin), strict=True))
+        return torch.cat([parts[index].flatten() for index in rest])
 
     def attend(
         self,

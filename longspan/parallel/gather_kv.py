@@ -14,7 +14,10 @@ def gather_kv(layer: LayerExchange) -> Job:
         if wanted not in packed:
             packed[wanted] = layer.pack_keys(wanted)
         sends.append((peer, packed[wanted]))
-    receives = [(peer, layer.empty_keys(exchange.num_seen(rank, peer))) for peer in exchange.others]
+    receives = [
+        (peer, layer.empty_keys(exchange.count_keys(exchange.seeing(rank, peer), peer)))
+        for peer in exchange.others
+    ]
     wait = layer.send("gather_kv", sends, receives)
     yield
     states = layer.empty_states()

@@ -7,11 +7,13 @@ from longspan.parallel.exchange import Job, LayerExchange
 from longspan.parallel.gather_kv import gather_kv
 from longspan.parallel.pass_kv import pass_kv
 from longspan.parallel.pass_q import pass_q
+from longspan.parallel.tree import tree
 
 STRATEGIES: Mapping[str, Callable[[LayerExchange], Job]] = {
     "pass_kv": pass_kv,
     "gather_kv": gather_kv,
     "pass_q": pass_q,
+    "tree": tree,
 }
 
 

@@ -1,5 +1,7 @@
 """Which queries see which keys, as a few rectangles and squares that need no mask."""
 
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 from longspan.plan import Run, Shard
@@ -17,39 +19,48 @@ def tiles(queries: Shard, keys: Shard) -> list[Tile]:
     """Cover exactly the pairs of a query and a key that it may see (key position <= its own).
 
     Cached keys precede all queries, so they need no mask. A run of queries sees a prefix of a
-    shard whole, since keys ascend; only where a run of keys overlaps the run of queries is there
-    a triangle, and that is a causal square plus, below it, a full rectangle.
+    shard whole, since keys ascend; what all later runs see too is one rectangle with them, so that
+    keys are read once for as many queries as can be. Only where a run of keys overlaps the run of
+    queries is there a triangle, and that is a causal square plus, below it, a full rectangle.
     """
+    runs = queries.queries
+    before = [_num_before(run, keys) for run in runs]
+    common = list(accumulate(reversed(before), min))[::-1]
     found: list[Tile] = []
-    row = 0
-    for run in queries.queries:
-        for tile in _tiles_of_run(run, row, keys):
+    row, shared, end = 0, 0, queries.num_queries
+    for run, prefix, least in zip(runs, before, common, strict=True):
+        every = slice(row, row + run.length)
+        for tile in (
+            Tile(slice(row, end), slice(shared, least), False),
+            Tile(every, slice(least, prefix), False),
+            *_overlap(run, row, keys),
+        ):
             last = found[-1] if found else None
             if last and _continues(last, tile):
                 found[-1] = Tile(last.rows, slice(last.keys.start, tile.keys.stop), False)
-            else:
+            elif tile.keys.start < tile.keys.stop:
                 found.append(tile)
-        row += run.length
+        row, shared = every.stop, least
     return found
 
 
-def _tiles_of_run(run: Run, row: int, keys: Shard) -> list[Tile]:
-    every = slice(row, row + run.length)
-    found = [Tile(every, slice(0, keys.cached), False)] if keys.cached else []
+def _num_before(run: Run, keys: Shard) -> int:
+    """How many keys of a shard precede the whole run."""
+    return keys.cached + sum(max(min(other.end, run.start) - other.start, 0) for other in keys.keys)
+
+
+def _overlap(run: Run, row: int, keys: Shard) -> Iterator[Tile]:
+    """Tiles of a run, whose first query is at `row`, over keys between its own positions."""
     offset = keys.cached
-    for key_run in keys.keys:
-        before = min(key_run.end, run.start) - key_run.start
-        if before > 0:
-            found.append(Tile(every, slice(offset, offset + before), False))
-        low, high = max(key_run.start, run.start), min(key_run.end, run.end)
+    for other in keys.keys:
+        low, high = max(other.start, run.start), min(other.end, run.end)
         if low < high:
-            square = slice(offset + low - key_run.start, offset + high - key_run.start)
+            square = slice(offset + low - other.start, offset + high - other.start)
             rows = slice(row + low - run.start, row + high - run.start)
-            found.append(Tile(rows, square, high - low > 1))
+            yield Tile(rows, square, high - low > 1)
             if high < run.end:
-                found.append(Tile(slice(rows.stop, every.stop), square, False))
-        offset += key_run.length
-    return found
+                yield Tile(slice(rows.stop, row + run.length), square, False)
+        offset += other.length
 
 
 def _continues(last: Tile, tile: Tile) -> bool:

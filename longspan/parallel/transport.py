@@ -44,7 +44,11 @@ class Transport(ABC):
         traffic = self._traffic[label]
         traffic.calls += 1
         traffic.messages += len(sends)
-        traffic.bytes += sum(tensor.nbytes for _, tensor in sends)
+        hosts = self.topology.hosts
+        for peer, tensor in sends:
+            traffic.bytes += tensor.nbytes
+            if hosts[peer] != hosts[self.rank]:
+                traffic.far_bytes += tensor.nbytes
         return self._start(sends, receives)
 
     def take_traffic(self) -> dict[str, Traffic]:

@@ -1,7 +1,8 @@
-"""A worker process: `python -m longspan.worker FD FOLDER`, started by the engine, one a rank.
+"""A worker process: `python -m longspan.worker FD FOLDER`, one a rank.
 
-It ends when the engine closes the socket FD or dies, whatever it is doing then, and removes the
-engine's temporary FOLDER, since a killed engine can't.
+It is started by the engine, or by another node's agent, and talks to the engine over the socket FD.
+It ends when that is closed or when its starter ends, which holds its standard input, whatever it is
+doing then, and removes its starter's temporary FOLDER, since a killed one can't.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import traceback
 from socket import socket
 
 from longspan.errors import LongspanError
-from longspan.worker.channel import Channel, Done, Execute, Failed, Ready, Start
+from longspan.worker.channel import Channel, Done, Execute, Failed, Measure, Measured, Ready, Start
 
 
 def main() -> None:
@@ -31,9 +32,10 @@ def main() -> None:
 
 
 def _end_with_engine(channel: Channel, folder: str) -> None:
-    """Sleep until the engine's side is closed; then end the process, even in an exchange."""
+    """Sleep until the engine or the starter has gone; then end the process, even in an exchange."""
     hang_up = select.poll()
-    hang_up.register(channel, 0)  # messages don't wake it: POLLHUP is always reported
+    hang_up.register(channel, select.POLLRDHUP)  # messages don't wake it
+    hang_up.register(sys.stdin, 0)  # POLLHUP is always reported
     hang_up.poll()
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
@@ -42,14 +44,20 @@ def _end_with_engine(channel: Channel, folder: str) -> None:
 def _serve(channel: Channel) -> None:
     start = channel.receive()
     assert isinstance(start, Start)
+    from longspan.worker.digest import model_digest
     from longspan.worker.launch import launch, rates_of
+    from longspan.worker.measure import measure
 
     runner = launch(start)
-    channel.send(Ready(runner.pool.num_pages, rates_of(runner.device)))
+    digest = model_digest(runner.model)
+    channel.send(Ready(runner.pool.num_pages, rates_of(runner.device), digest))
     while True:
         message = channel.receive()
-        assert isinstance(message, Execute)
-        channel.send(Done(runner.execute(message.plan)))
+        if isinstance(message, Measure):
+            channel.send(Measured(measure(runner)))
+        else:
+            assert isinstance(message, Execute)
+            channel.send(Done(runner.execute(message.plan)))
 
 
 if __name__ == "__main__":

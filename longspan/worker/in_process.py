@@ -8,20 +8,31 @@ from functools import partial
 from transformers.utils import logging
 
 from longspan.config import EngineConfig
+from longspan.cost.samples import Samples
 from longspan.errors import EngineStoppedError, RankFailedError
 from longspan.models import ModelSpec
 from longspan.parallel.transport import ThreadTransport
 from longspan.plan import RankPlan, RankResult
 from longspan.topology import Topology
-from longspan.worker.launch import device_of, rates_of
+from longspan.worker.launch import device_of, kind_of_device, rates_of
+from longspan.worker.measure import measure
 from longspan.worker.model_runner import ModelRunner
 
 
 class InProcessExecutor:
-    """Runs each rank in a thread of its own, a single rank in the caller's, when it waits."""
+    """Runs each rank in a thread of its own, a single rank in the caller's, when it waits.
 
-    def __init__(self, config: EngineConfig, spec: ModelSpec) -> None:
-        self._transports = ThreadTransport.connect(Topology.of_hosts([config.num_ranks]))
+    `topology` places the ranks on hosts, of which each is but a part of this one: their strategies
+    are then those of several. By default it is one host.
+    """
+
+    def __init__(
+        self, config: EngineConfig, spec: ModelSpec, topology: Topology | None = None
+    ) -> None:
+        on_cpu = kind_of_device(config.device) == "cpu"
+        self.topology = topology or Topology.of_hosts([config.num_ranks], shared_device=on_cpu)
+        assert self.topology.num_ranks == config.num_ranks, (topology, config.num_ranks)
+        self._transports = ThreadTransport.connect(self.topology)
         self._threads = ThreadPoolExecutor(config.num_ranks, thread_name_prefix="longspan-rank")
         self._at_work: dict[Future[RankResult], int] = {}
         self._plan_of_single: RankPlan | None = None
@@ -30,8 +41,8 @@ class InProcessExecutor:
         logging.disable_progress_bar()
         try:
             self._runners = [
-                ModelRunner(config, spec, transport, device_of(config, transport.rank))
-                for transport in self._transports
+                ModelRunner(config, spec, transport, device_of(config, self.topology, rank))
+                for rank, transport in enumerate(self._transports)
             ]
         finally:
             if bars:
@@ -74,6 +85,10 @@ class InProcessExecutor:
         except BaseException:  # also Ctrl-C: ranks in the middle of a step can't be used again
             self.close()
             raise
+
+    def measure(self) -> list[Samples]:
+        """What each rank measures of itself, all at the same time; before any plan."""
+        return list(self._threads.map(measure, self._runners))
 
     def close(self) -> None:
         self._closed = True

@@ -1,11 +1,15 @@
 """Brings up one rank inside its process: device, process group, model."""
 
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
 from transformers.utils import logging
 
 from longspan.config import EngineConfig
-from longspan.cost.model import CPU_THREAD, CUDA, Rates
+from longspan.cost.rates import CPU_THREAD, CUDA, Rates
 from longspan.errors import ConfigError
 from longspan.parallel.transport import ThreadTransport, TorchTransport, Transport
 from longspan.topology import Topology
@@ -16,27 +20,32 @@ from longspan.worker.model_runner import ModelRunner
 def launch(start: Start) -> ModelRunner:
     """Join the other ranks and load the model. Waits until all ranks have come."""
     logging.disable_progress_bar()
-    device = device_of(start.config, start.rank)
+    device = device_of(start.config, start.topology, start.rank)
     return ModelRunner(start.config, start.spec, _connect(start, device), device)
 
 
-def device_of(config: EngineConfig, rank: int) -> torch.device:
+def kind_of_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """The kind of device that a config asks for on this host."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def device_of(config: EngineConfig, topology: Topology, rank: int) -> torch.device:
     """The device of a rank: the CPU, or the GPU of the same number on this host.
 
     Raises:
-        ConfigError: there are fewer GPUs than ranks.
+        ConfigError: there are fewer GPUs than ranks of this host.
     """
-    kind = config.device
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cpu":
+    if kind_of_device(config.device) == "cpu":
         return torch.device("cpu")
-    if config.num_ranks > torch.cuda.device_count():
+    here, found = topology.num_ranks_beside(rank), torch.cuda.device_count()
+    if here > found:
         raise ConfigError(
-            f"context_parallel_size={config.num_ranks} needs as many GPUs, and this host has "
-            f"{torch.cuda.device_count()}; lower it or set device='cpu'"
+            f"{here} ranks of this host need a GPU each, and it has {found}; lower "
+            "context_parallel_size or set device='cpu'"
         )
-    return torch.device("cuda", rank)
+    return torch.device("cuda", topology.devices[rank])
 
 
 def rates_of(device: torch.device) -> Rates:
@@ -45,17 +54,25 @@ def rates_of(device: torch.device) -> Rates:
 
 
 def _connect(start: Start, device: torch.device) -> Transport:
-    size = start.config.num_ranks
-    if size == 1:
-        return ThreadTransport.connect(Topology.of_hosts([1]))[0]
+    topology = start.topology
+    if topology.num_ranks == 1:
+        return ThreadTransport.connect(topology)[0]
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=f"file://{start.rendezvous}",
+        store=_store(start.rendezvous, topology.num_ranks),
         rank=start.rank,
-        world_size=size,
+        world_size=topology.num_ranks,
         device_id=device if on_gpu else None,
     )
-    return TorchTransport()
+    return TorchTransport(topology=topology)
+
+
+def _store(rendezvous: str, num_ranks: int) -> Any:
+    """Where ranks find each other: a file on one host, a port that is open already on several."""
+    place = urlsplit(rendezvous)
+    if place.scheme == "file":
+        return FileStore(place.path, num_ranks)
+    return TCPStore(place.hostname or "", place.port or 0)

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from longspan.attention.kernel import kernel_for
-from longspan.config import EngineConfig
+from longspan.config import CPU_MEMORY_UTILIZATION, GPU_MEMORY_UTILIZATION, EngineConfig
 from longspan.cost.strategy import KVShape
 from longspan.errors import ConfigError
 from longspan.models import ModelSpec
@@ -49,7 +49,7 @@ class ModelRunner:
         self.scale = [layer.scaling for layer in probe(self.model, spec.name, spec.max_model_len)]
         self.pool = KVPool(
             spec.num_layers,
-            num_pages(config, spec, transport.rank, device),
+            num_pages(config, spec, transport, device),
             config.page_size,
             spec.num_kv_heads,
             spec.head_dim,
@@ -97,14 +97,16 @@ class ModelRunner:
             step.attend(layer, q, k, k)
 
 
-def num_pages(config: EngineConfig, spec: ModelSpec, rank: int, device: torch.device) -> int:
+def num_pages(
+    config: EngineConfig, spec: ModelSpec, transport: Transport, device: torch.device
+) -> int:
     """How many pages this rank's pool has, by the configured size or the memory that is free."""
     page_bytes = config.page_size * KVShape.of(spec).token_bytes
-    if (tokens := config.kv_cache_tokens_of(rank)) is not None:
+    if (tokens := config.kv_cache_tokens_of(transport.rank)) is not None:
         return tokens // config.page_size
     size = config.kv_cache_memory_bytes
     if size is None:
-        size = _memory_for_pool(config, device)
+        size = _memory_for_pool(config, transport, device)
         most = config.max_num_seqs * -(-spec.max_model_len // config.page_size)
         return _at_least_one_page(min(size // page_bytes, most), size, page_bytes)
     return _at_least_one_page(size // page_bytes, size, page_bytes)
@@ -119,10 +121,11 @@ def _at_least_one_page(pages: int, size: int, page_bytes: int) -> int:
     return pages
 
 
-def _memory_for_pool(config: EngineConfig, device: torch.device) -> int:
+def _memory_for_pool(config: EngineConfig, transport: Transport, device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        fraction = config.gpu_memory_utilization or 0.9
+        fraction = config.gpu_memory_utilization or GPU_MEMORY_UTILIZATION
         return int(total * fraction) - (total - free)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(free * (config.gpu_memory_utilization or 0.5)) // config.num_ranks
+    fraction = config.gpu_memory_utilization or CPU_MEMORY_UTILIZATION
+    return int(free * fraction) // transport.topology.num_ranks_beside(transport.rank)

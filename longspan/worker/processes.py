@@ -1,56 +1,66 @@
-"""Ranks as processes of this host, one each, and their end: whatever happens, none is left."""
+"""The fleet of an engine: ranks as processes, one each, on this host and on others."""
 
 import contextlib
-import os
+import dataclasses
 import selectors
-import shutil
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TypeVar
 
-from longspan import errors
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
 from longspan.config import EngineConfig
-from longspan.errors import EngineStoppedError, LongspanError, RankFailedError
+from longspan.cost.samples import Samples
+from longspan.errors import ConfigError, EngineStoppedError, LongspanError, RankFailedError
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult
-from longspan.worker.channel import Channel, Done, Execute, Failed, Ready, Start
+from longspan.topology import Topology
+from longspan.worker.channel import Channel, Done, Execute, Failed, Measure, Measured, Ready, Start
+from longspan.worker.control_port import ControlPort, listen
+from longspan.worker.digest import config_digest
+from longspan.worker.handshake import shared_secret
+from longspan.worker.interface import interface_of
+from longspan.worker.launch import kind_of_device
+from longspan.worker.local_ranks import GRACE_SECONDS, LocalRanks
+from longspan.worker.nodes import Node, attach, gather
 
-GRACE_SECONDS = 3.0
-"""How long ranks have to end by themselves before they are killed."""
+_CAUSE_SECONDS = 0.5
+"""How long a rank's failure may come before the death of the peer that is its cause."""
 
 
 class ProcessExecutor:
-    """Starts `python -m longspan.worker` for each rank and talks to it over a socket pair.
+    """Starts this host's ranks, takes in those of other nodes, and talks to each over a socket.
 
-    The pair has no address, so nobody else can connect; a worker that sees its end closed ends
-    itself, so that not even a killed engine leaves one behind.
+    For a rank of this host it is one of a pair that has no address, so nobody else can connect; for
+    one of another node it is a connection that its node made to the control port. A worker that
+    sees its end closed ends itself, so that not even a killed engine leaves one behind.
     """
 
     def __init__(self, config: EngineConfig, spec: ModelSpec) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="longspan-"))
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._channels: list[Channel] = []
+        config = dataclasses.replace(config, device=kind_of_device(config.device))
+        place = f" on node 0 ({socket.gethostname()})" if config.nnodes > 1 else ""
+        self._local = LocalRanks(config.num_local_ranks, place)
+        self._nodes: list[Node] = []
+        self._channels: dict[int, Channel] = {}
         self._selector = selectors.DefaultSelector()
         self._at_work: set[int] = set()
         self.close = weakref.finalize(
-            self, _stop, self._processes, self._channels, self._selector, self._folder
+            self, _stop, self._selector, self._channels, self._nodes, self._local
         )
         try:
-            for rank in range(config.num_ranks):
-                self._spawn(rank, config)
-            for rank, channel in enumerate(self._channels):
-                rendezvous = str(self._folder / "rendezvous")
-                channel.send(Start(config, spec, rank, rendezvous))
-            ready: dict[int, Ready] = {}
-            while len(ready) < config.num_ranks:
-                ready |= self._receive(Ready)
+            rendezvous = f"file://{self._local.folder}/rendezvous"
+            interface = "lo"
+            if config.nnodes > 1:
+                self._take_in_nodes(config)
+                rendezvous, interface = self._open_store(config.master_addr)
+            for rank in range(config.num_local_ranks):
+                ours, theirs = socket.socketpair()
+                self._channels[rank] = Channel(ours)
+                self._local.spawn(rank, theirs, interface)
+            self._introduce(config, spec, rendezvous)
+            ready = self._all_ready()
         except BaseException:
             self.close()
             raise
@@ -59,7 +69,8 @@ class ProcessExecutor:
 
     @property
     def pids(self) -> list[int]:
-        return [process.pid for process in self._processes]
+        """The processes of this host's ranks."""
+        return [process.pid for process in self._local.processes.values()]
 
     def start(self, plans: Mapping[int, RankPlan]) -> None:
         """Begin a step on ranks that are not at work. A dead rank is noticed by `wait`.
@@ -94,42 +105,84 @@ class ProcessExecutor:
         self._at_work -= done.keys()
         return {rank: message.result for rank, message in done.items()}
 
-    def _spawn(self, rank: int, config: EngineConfig) -> None:
-        ours, theirs = socket.socketpair()
-        threads = max((os.cpu_count() or 1) // config.num_ranks, 1)
-        environment = {
-            "OMP_NUM_THREADS": str(threads),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "PYTHONFAULTHANDLER": "1",
-            **os.environ,
-        }
-        arguments = [str(theirs.fileno()), str(self._folder)]
-        with theirs, open(self._log(rank), "wb") as log:
-            self._processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "longspan.worker", *arguments],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # Ctrl-C reaches the engine only, which ends them
-                )
-            )
-        self._channels.append(Channel(ours))
-        self._selector.register(ours, selectors.EVENT_READ, rank)
+    def measure(self) -> list[Samples]:
+        """What each rank measures of itself, all at the same time; before any plan.
 
-    _M = TypeVar("_M", Ready, Done)
+        Raises:
+            RankFailedError: a rank died or raised; the fleet has been stopped.
+        """
+        try:
+            for channel in self._channels.values():
+                channel.send(Measure())
+            measured: dict[int, Measured] = {}
+            while len(measured) < len(self._channels):
+                measured |= self._receive(Measured)
+        except BaseException:
+            self.close()
+            raise
+        return [measured[rank].samples for rank in sorted(measured)]
+
+    def _take_in_nodes(self, config: EngineConfig) -> None:
+        """Wait until the other nodes have come, and their ranks."""
+        port = ControlPort(config.master_addr, config.master_port, shared_secret())
+        with contextlib.closing(port):
+            gather(config, config_digest(config), port, self._nodes)
+            attach(config.num_ranks, port, self._nodes, self._channels)
+
+    def _open_store(self, address: str) -> tuple[str, str]:
+        """Where ranks of several hosts find each other, and the interface that it is on."""
+        listener = listen(address, 0)
+        address, port = listener.getsockname()[:2]
+        self._store = TCPStore(  # its own socket would listen at all addresses
+            address,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        host = f"[{address}]" if ":" in address else address
+        return f"tcp://{host}:{port}", interface_of(address)
+
+    def _introduce(self, config: EngineConfig, spec: ModelSpec, rendezvous: str) -> None:
+        """Tell all ranks who they are; those of a node load its own copy of the model."""
+        sizes = [config.num_local_ranks, *(node.num_ranks for node in self._nodes)]
+        self.topology = Topology.of_hosts(sizes, shared_device=config.device == "cpu")
+        models = {rank: node.model for node in self._nodes for rank in node.ranks}
+        for rank, channel in self._channels.items():
+            own = dataclasses.replace(config, model=models.get(rank, config.model))
+            with contextlib.suppress(OSError):  # it will be found dead
+                channel.send(Start(own, spec, rank, self.topology, rendezvous))
+            self._selector.register(channel, selectors.EVENT_READ, rank)
+        for node in self._nodes:
+            self._selector.register(node.channel, selectors.EVENT_READ, None)
+
+    def _all_ready(self) -> dict[int, Ready]:
+        ready: dict[int, Ready] = {}
+        while len(ready) < len(self._channels):
+            ready |= self._receive(Ready)
+        for rank, message in sorted(ready.items()):
+            if message.digest != ready[0].digest:
+                raise ConfigError(
+                    f"the model that rank {rank}{self._place(rank)} has loaded is not that of rank "
+                    "0; give all nodes the same weights and config"
+                )
+        return ready
+
+    _M = TypeVar("_M", Ready, Done, Measured)
 
     def _receive(self, kind: type[_M], timeout: float | None = None) -> dict[int, _M]:
         """A message of each rank that has sent one; waits for the first of any."""
         received: dict[int, ProcessExecutor._M] = {}
         for key, _ in self._selector.select(timeout):
-            rank: int = key.data
+            rank: int | None = key.data
+            if rank is None:  # a node has news, none of which are good
+                raise self._cause(0) or AssertionError(self._nodes)
             try:
                 message = self._channels[rank].receive()
             except EOFError:
-                raise self._death(rank) from None
+                raise self._cause(GRACE_SECONDS) or RankFailedError(
+                    f"rank {rank}{self._place(rank)} can't be reached any more"
+                ) from None
             if isinstance(message, Failed):
                 raise self._failure(rank, message)
             assert isinstance(message, kind), message
@@ -137,50 +190,44 @@ class ProcessExecutor:
         return received
 
     def _failure(self, rank: int, failed: Failed) -> LongspanError:
-        kind = getattr(errors, failed.kind, None)
-        if isinstance(kind, type) and issubclass(kind, LongspanError):
-            return kind(failed.message)
         # A rank also fails when a peer dies under it; then the peer's death is the cause.
-        deadline = time.monotonic() + 0.5
-        while time.monotonic() < deadline:
-            for other, process in enumerate(self._processes):
-                if other != rank and process.poll() is not None:
-                    return self._death(other)
-            time.sleep(0.02)
-        return RankFailedError(
-            f"rank {rank} failed: {failed.kind}: {failed.message}\n{failed.details}".rstrip()
+        return (
+            failed.error
+            or self._cause(_CAUSE_SECONDS)
+            or RankFailedError(
+                f"rank {rank}{self._place(rank)} failed: {failed.kind}: {failed.message}\n"
+                f"{failed.details}".rstrip()
+            )
         )
 
-    def _death(self, rank: int) -> RankFailedError:
-        process = self._processes[rank]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
-        status = process.returncode
-        if status is not None and status < 0:
-            reason = f"was killed by {signal.Signals(-status).name}"
-        else:
-            reason = f"ended with status {status}"
-        tail = self._log(rank).read_text(errors="replace").splitlines()[-20:]
-        return RankFailedError("\n".join([f"rank {rank} (pid {process.pid}) {reason}", *tail]))
+    def _cause(self, seconds: float) -> LongspanError | None:
+        """How a rank or a node ended, if one ends within some seconds."""
+        deadline = time.monotonic() + seconds
+        while True:
+            hosts: list[LocalRanks | Node] = [self._local, *self._nodes]
+            for host in hosts:
+                if error := host.lost():
+                    return error
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.02)
 
-    def _log(self, rank: int) -> Path:
-        return self._folder / f"rank{rank}.log"
+    def _place(self, rank: int) -> str:
+        for node in self._nodes:
+            if rank in node.ranks:
+                return f" on {node.name}"
+        return self._local.place
 
 
 def _stop(
-    processes: list[subprocess.Popen[bytes]],
-    channels: list[Channel],
     selector: selectors.BaseSelector,
-    folder: Path,
+    channels: dict[int, Channel],
+    nodes: list[Node],
+    local: LocalRanks,
 ) -> None:
     selector.close()
-    for channel in channels:
+    for channel in channels.values():
         channel.close()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for process in processes:
-        try:
-            process.wait(max(deadline - time.monotonic(), 0.01))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+    for node in nodes:
+        node.stop()
+    local.stop()

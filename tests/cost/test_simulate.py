@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from longspan.config import EngineConfig
-from longspan.cost.model import CPU_THREAD, CUDA, CostModel
+from longspan.cost.model import CostModel
+from longspan.cost.rates import CPU_THREAD, CUDA
 from longspan.cost.simulate import SimulationResult, percentile, simulate
 from longspan.cost.trace import Arrival, Trace
 from longspan.cost.virtual import VirtualExecutor
@@ -153,9 +154,9 @@ def test_what_has_been_served_makes_a_trace() -> None:
 
 def test_steps_of_different_ranks_overlap() -> None:
     executor = VirtualExecutor((10, 10, 10), 16, COST)
-    executor.start({0: plan(local("a", 0, 0, 500))})
+    executor.start({0: plan(local("a", 0, 0, 1000))})
     executor.start({2: plan(local("b", 2, 0, 100), 2), 1: plan(local("c", 1, 0, 100), 1)})
-    short, long = seconds(0, 100), seconds(0, 500)
+    short, long = seconds(0, 100), seconds(0, 1000)
     assert executor.wait(short / 2) == {}
     assert executor.clock() == short / 2
     results = executor.wait(1.0)

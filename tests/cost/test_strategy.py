@@ -7,9 +7,17 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from longspan.cost.strategy import KVShape, choose, exchanged_bytes, num_calls, sent_bytes
+from longspan.cost.strategy import (
+    Calls,
+    KVShape,
+    Sent,
+    exchanged_bytes,
+    num_calls,
+    sent_bytes,
+)
 from longspan.models import ModelSpec
 from longspan.plan import Run, Shard, Strategy
+from longspan.topology import Topology
 
 LLAMA_8B = KVShape(num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, itemsize=2)
 
@@ -22,6 +30,14 @@ shapes = st.builds(
     itemsize=st.sampled_from((2, 4)),
 )
 ranks = st.integers(2, 16)
+ONE_HOST = Topology.of_hosts([16])
+topologies = st.lists(st.integers(1, 4), min_size=10, max_size=10).map(Topology.of_hosts)
+
+
+def bytes_on_one_host(strategy: Strategy, shards: Sequence[Shard], shape: KVShape) -> int:
+    sent = exchanged_bytes(strategy, shards, shape, ONE_HOST)
+    assert sent.far == 0
+    return sent.near
 
 
 def even(size: int, new: int, cached: int) -> list[Shard]:
@@ -63,19 +79,19 @@ def test_even_shards_send_what_the_formulas_say(
     shards = even(size, new, cached)
     keys = (size - 1) * (cached + new) * 2 * kv_heads * head_dim * itemsize
     queries = (size - 1) * new * heads * (head_dim * itemsize + head_dim * 4 + 4)
-    assert exchanged_bytes("pass_kv", shards, shape) == size * keys
-    assert exchanged_bytes("gather_kv", shards, shape) == size * keys
-    assert exchanged_bytes("pass_q", shards, shape) == size * queries
+    assert bytes_on_one_host("pass_kv", shards, shape) == size * keys
+    assert bytes_on_one_host("gather_kv", shards, shape) == size * keys
+    assert bytes_on_one_host("pass_q", shards, shape) == size * queries
 
 
 def test_llama_8b_on_8_ranks_sends_what_was_published() -> None:
     """Megabytes that a rank sends in one layer, in full prefill of 128K, and of 4K after 124K."""
     full, chunk = even(8, 16 * 1024, 0), even(8, 512, 15 * 1024 + 512)
-    assert exchanged_bytes("pass_kv", full, LLAMA_8B) / 8e6 == pytest.approx(470, abs=1)
-    assert exchanged_bytes("pass_kv", chunk, LLAMA_8B) / 8e6 == pytest.approx(470, abs=1)
+    assert bytes_on_one_host("pass_kv", full, LLAMA_8B) / 8e6 == pytest.approx(470, abs=1)
+    assert bytes_on_one_host("pass_kv", chunk, LLAMA_8B) / 8e6 == pytest.approx(470, abs=1)
     queries_there = 7 * 512 * 32 * 128 * 2
     states_back = 7 * 512 * 32 * (128 * 4 + 4)
-    assert exchanged_bytes("pass_q", chunk, LLAMA_8B) / 8 == queries_there + states_back
+    assert bytes_on_one_host("pass_q", chunk, LLAMA_8B) / 8 == queries_there + states_back
 
 
 @given(uneven(), shapes)
@@ -88,7 +104,7 @@ def test_a_ring_takes_keys_hop_by_hop_no_further_than_the_last_rank_that_asks(
         while following and not following[-1].num_queries:
             following.pop()
         sent += len(following) * shards[place].num_keys
-    assert exchanged_bytes("pass_kv", shards, shape) == sent * shape.key_bytes
+    assert bytes_on_one_host("pass_kv", shards, shape) == sent * shape.key_bytes
 
 
 @given(uneven(), shapes)
@@ -101,17 +117,52 @@ def test_all_other_strategies_send_between_each_rank_that_asks_and_each_that_hol
             if asking.rank != holding.rank and asking.num_queries and holding.num_keys:
                 keys += holding.num_keys
                 queries += asking.num_queries
-    assert exchanged_bytes("gather_kv", shards, shape) == keys * shape.key_bytes
-    assert exchanged_bytes("pass_q", shards, shape) == queries * shape.query_bytes
+    assert bytes_on_one_host("gather_kv", shards, shape) == keys * shape.key_bytes
+    assert bytes_on_one_host("pass_q", shards, shape) == queries * shape.query_bytes
 
 
-@given(uneven(), shapes)
-def test_what_each_rank_sends_is_what_all_send_together(
-    shards: list[Shard], shape: KVShape
+@given(uneven(), shapes, topologies)
+def test_on_one_host_and_for_each_rank_a_host_all_bytes_are_near_or_far(
+    shards: list[Shard], shape: KVShape, topology: Topology
 ) -> None:
+    apart = Topology.of_hosts([1] * 10)
     for strategy in get_args(Strategy):
-        sent = sent_bytes(strategy, shards, shape)
-        assert sum(sent) == exchanged_bytes(strategy, shards, shape)
+        near, far = exchanged_bytes(strategy, shards, shape, topology)
+        altogether = bytes_on_one_host(strategy, shards, shape)
+        assert exchanged_bytes(strategy, shards, shape, apart) == Sent(0, altogether)
+        if strategy != "pass_kv":  # whose way over hosts passes other ranks without queries
+            assert near + far == altogether
+
+
+@given(uneven(), shapes, topologies)
+def test_tree_sends_what_pass_q_does_but_to_each_other_host_once(
+    shards: list[Shard], shape: KVShape, topology: Topology
+) -> None:
+    hosts = topology.hosts
+    holding = {hosts[shard.rank] for shard in shards if shard.num_keys}
+    crossings = sum(shard.num_queries * len(holding - {hosts[shard.rank]}) for shard in shards)
+    tree = exchanged_bytes("tree", shards, shape, topology)
+    assert tree.far == crossings * shape.query_bytes
+    assert sum(tree) == bytes_on_one_host("pass_q", shards, shape)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 999), st.integers(0, 999), shapes)
+def test_even_shards_send_over_hosts_what_the_formulas_say(
+    hosts: int, size: int, new: int, cached: int, shape: KVShape
+) -> None:
+    """Each rank of N hosts of r ranks: N - 1 and (N - 1) r shares or keys far, the rest near."""
+    topology, shards = Topology.of_hosts([size] * hosts), even(hosts * size, new, cached)
+    key, query = (cached + new) * shape.key_bytes, new * shape.query_bytes
+    others, rest = hosts - 1, hosts * (size - 1)
+    all_others = hosts * size - size
+    expected: dict[Strategy, Sent] = {
+        "pass_kv": Sent(rest * key, others * key),
+        "gather_kv": Sent((size - 1) * key, all_others * key),
+        "pass_q": Sent((size - 1) * query, all_others * query),
+        "tree": Sent(rest * query, others * query),
+    }
+    for strategy, sent in expected.items():
+        assert sent_bytes(strategy, shards, shape, topology) == [sent] * hosts * size
 
 
 def test_a_rank_sends_what_passes_through_it() -> None:
@@ -119,76 +170,89 @@ def test_a_rank_sends_what_passes_through_it() -> None:
     first, second = (Run(0, 3),), (Run(3, 2),)
     shards = [Shard(0, first, 0, first), Shard(1, second, 5, second), Shard(2, (), 2, ())]
     key, asked, answered = LLAMA_8B.key_bytes, LLAMA_8B.asked_bytes, LLAMA_8B.answered_bytes
+    queries = [
+        3 * 2 * asked + 2 * answered,
+        2 * 2 * asked + 3 * answered,
+        (3 + 2) * answered,
+    ]
     expected = {
         "local": [0, 0, 0],
         "pass_kv": [(3 + 2) * key, 7 * key, (2 + 7) * key],
         "gather_kv": [3 * key, 7 * key, 2 * 2 * key],
-        "pass_q": [
-            3 * 2 * asked + 2 * answered,
-            2 * 2 * asked + 3 * answered,
-            (3 + 2) * answered,
-        ],
+        "pass_q": queries,
+        "tree": queries,
     }
     for strategy in get_args(Strategy):
-        assert sent_bytes(strategy, shards, LLAMA_8B) == expected[strategy]
+        sent = sent_bytes(strategy, shards, LLAMA_8B, ONE_HOST)
+        assert sent == [Sent(near, 0) for near in expected[strategy]]
+
+
+def test_two_hosts_send_what_crosses_and_what_does_not() -> None:
+    """Hosts 0, 1 | 2, 3, 4; rank 0 has 3 queries, rank 2 has 2; rank 1 has no keys."""
+    topology = Topology.of_hosts([2, 3])
+    first, second = (Run(0, 3),), (Run(3, 2),)
+    shards = [
+        Shard(0, first, 0, first),
+        Shard(1, (), 0, ()),
+        Shard(2, second, 5, second),
+        Shard(3, (), 20, ()),
+        Shard(4, (), 30, ()),
+    ]
+    key, asked, answered = LLAMA_8B.key_bytes, LLAMA_8B.asked_bytes, LLAMA_8B.answered_bytes
+    expected: dict[Strategy, list[Sent]] = {
+        # 20 come in at rank 1 and go on to 0; 3 at rank 2; 30 at 0; 20 and 30 hop to rank 2.
+        "pass_kv": [
+            Sent(0, 3 * key),
+            Sent(20 * key, 0),
+            Sent(0, 7 * key),
+            Sent(20 * key, 20 * key),
+            Sent((20 + 30) * key, 30 * key),
+        ],
+        "gather_kv": [
+            Sent(0, 3 * key),
+            Sent(0, 0),
+            Sent(0, 7 * key),
+            Sent(20 * key, 20 * key),
+            Sent(30 * key, 30 * key),
+        ],
+        "pass_q": [
+            Sent(0, 3 * 3 * asked + 2 * answered),
+            Sent(0, 0),
+            Sent(2 * 2 * asked, 2 * asked + 3 * answered),
+            Sent(2 * answered, 3 * answered),
+            Sent(2 * answered, 3 * answered),
+        ],
+        # Rank 0's gateway on the other host is rank 2; rank 0 is rank 2's.
+        "tree": [
+            Sent(0, 3 * asked + 2 * answered),
+            Sent(0, 0),
+            Sent((2 + 3) * 2 * asked, 2 * asked + 3 * answered),
+            Sent((2 + 3) * answered, 0),
+            Sent((2 + 3) * answered, 0),
+        ],
+    }
+    for strategy, sent in expected.items():
+        assert sent_bytes(strategy, shards, LLAMA_8B, topology) == sent
 
 
 def test_exchanges_one_after_the_other() -> None:
-    calls = {strategy: num_calls(strategy, 5) for strategy in get_args(Strategy)}
-    assert calls == {"local": 0, "pass_kv": 4, "gather_kv": 1, "pass_q": 2}
-    assert all(num_calls(strategy, 1) == 0 for strategy in get_args(Strategy))
+    calls = {strategy: num_calls(strategy, range(5), ONE_HOST) for strategy in get_args(Strategy)}
+    near = {"local": 0, "pass_kv": 4, "gather_kv": 1, "pass_q": 2, "tree": 2}
+    assert calls == {strategy: Calls(number, far=0) for strategy, number in near.items()}
+    assert all(num_calls(strategy, [3], ONE_HOST) == (0, 0) for strategy in get_args(Strategy))
 
 
-@given(uneven(), shapes)
-def test_the_chosen_strategy_sends_no_more_than_the_other(
-    shards: list[Shard], shape: KVShape
-) -> None:
-    chosen = choose(shards, shape)
-    assert (chosen == "local") == (len(shards) == 1)
-    if chosen != "local":
-        fewest = min(exchanged_bytes(other, shards, shape) for other in ("pass_kv", "pass_q"))
-        assert exchanged_bytes(chosen, shards, shape) == fewest
-
-
-@given(uneven(), shapes)
-def test_one_rank_alone_sends_nothing(shards: list[Shard], shape: KVShape) -> None:
-    alone = [shard for shard in shards if shard.num_queries][:1]
-    assert choose(alone, shape) == "local"
-    for strategy in get_args(Strategy):
-        assert exchanged_bytes(strategy, alone, shape) == 0
-
-
-@given(ranks, st.integers(1, 10**6), shapes)
-def test_full_prefill_passes_keys(size: int, new: int, shape: KVShape) -> None:
-    assert choose(even(size, new, cached=0), shape) == "pass_kv"
-
-
-@given(st.lists(st.integers(512, 10**6), min_size=2, max_size=16), shapes)
-def test_decode_passes_queries(cached: list[int], shape: KVShape) -> None:
-    assert choose(decode(cached), shape) == "pass_q"
-
-
-@given(ranks, st.integers(1, 2000), shapes)
-def test_more_new_tokens_turn_from_queries_to_keys_once_and_for_all(
-    size: int, cached: int, shape: KVShape
-) -> None:
-    """The turn is where new tokens are the share key_bytes / query_bytes of all."""
-    for new in range(1, 60):
-        fewer_queries = new * shape.query_bytes < (cached + new) * shape.key_bytes
-        expected = "pass_q" if fewer_queries else "pass_kv"
-        assert choose(even(size, new, cached), shape) == expected
-    choices = [choose(even(size, new, cached), shape) for new in (1, 3, 9, 27, 81, 243, 729, 10**7)]
-    assert choices == sorted(choices, reverse=True), "pass_q first, then pass_kv only"
-    assert choices[-1] == "pass_kv"
-
-
-@given(ranks, st.integers(1, 100), shapes)
-def test_more_cached_tokens_turn_from_keys_to_queries_once_and_for_all(
-    size: int, new: int, shape: KVShape
-) -> None:
-    choices = [choose(even(size, new, cached), shape) for cached in (0, 1, 9, 81, 729, 6561, 10**6)]
-    assert choices == sorted(choices), "pass_kv first, then pass_q only"
-    assert (choices[0], choices[-1]) == ("pass_kv", "pass_q")
+def test_exchanges_that_cross_hosts_are_counted_apart() -> None:
+    topology = Topology.of_hosts([3, 1, 2])
+    everyone, one_host, one_each = range(6), [4, 5], [0, 3, 5]
+    assert num_calls("pass_kv", everyone, topology) == Calls(near=3 * 2, far=2)
+    assert num_calls("pass_kv", one_host, topology) == Calls(near=1, far=0)
+    assert num_calls("gather_kv", everyone, topology) == Calls(near=0, far=1)
+    assert num_calls("pass_q", everyone, topology) == Calls(near=0, far=2)
+    assert num_calls("pass_q", one_host, topology) == Calls(near=2, far=0)
+    assert num_calls("tree", everyone, topology) == Calls(near=2, far=2)
+    assert num_calls("tree", one_host, topology) == Calls(near=2, far=0)
+    assert num_calls("tree", one_each, topology) == Calls(near=0, far=2)
 
 
 def test_a_shape_is_read_from_a_model() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from simulated import VOCAB_SIZE, Plans, SimulatedExecutor, simulated_engine
 
-from longspan.cost.model import CPU_THREAD
+from longspan.cost.rates import CPU_THREAD, LinkRates
 from longspan.engine.completion import Group
 from longspan.engine.engine import Engine
 from longspan.engine.prefix_cache import Place
@@ -22,10 +22,15 @@ from longspan.outputs import CompletionOutput
 from longspan.plan import Extent, RankPlan, Segment
 from longspan.sampling_params import SamplingParams
 
-FAST_LINKS = replace(CPU_THREAD, attention_flops=1e6, link_seconds=0.0, link_bytes=1e15)
+FAST_LINKS = replace(CPU_THREAD, attention_flops=1e6, links={"host": LinkRates(0.0, 1e15)})
 """Prompts of a few tokens are worth spreading, and gathering again."""
 
-SLOW = replace(CPU_THREAD, attention_flops=1e6, linear_flops=1e6, link_seconds=1e-2)
+SLOW = replace(
+    CPU_THREAD,
+    attention_flops=1e6,
+    linear_flops=1e6,
+    links={"host": LinkRates(1e-2, 2.4e9, overlap=0)},
+)
 """A few tokens fill a step; keys are worth gathering soon."""
 
 Slot = tuple[int, int, int]
@@ -217,7 +222,7 @@ class Audit:
         elif forced != "auto":
             assert segment.strategy == forced
         else:
-            assert segment.strategy in ("pass_kv", "pass_q")
+            assert segment.strategy in ("pass_kv", "gather_kv", "pass_q")
 
     def check_sampling(self, segment: Segment, plans: Plans) -> None:
         """A token is drawn on the home if the last known token is computed, else nowhere."""

@@ -15,10 +15,11 @@ from zlib import crc32
 import msgspec
 
 from longspan.config import EngineConfig
-from longspan.cost.model import CPU_THREAD, Rates
+from longspan.cost.rates import CPU_THREAD, Rates
 from longspan.engine.engine import Engine
 from longspan.models import ModelSpec
 from longspan.plan import Extent, RankPlan, RankResult, Sampled, Sampling
+from longspan.topology import Topology
 
 VOCAB_SIZE = 64
 
@@ -63,6 +64,7 @@ class SimulatedExecutor:
         self.num_pages = tuple(num_pages)
         self.page_size = page_size
         self.rates = CPU_THREAD
+        self.topology = Topology.of_hosts([len(num_pages)])
         self.order = order
         self.before_step: Callable[[Plans], None] = lambda plans: None
         self.after_step: Callable[[Plans], None] = lambda plans: None

@@ -59,7 +59,7 @@ def take(draft: Draft, request: Request) -> dict[int, int]:
             runs[rank] = [Run(start, length)]
             start += length
     if runs:
-        draft.take_prefill(prefill_chunk(request, runs, lambda shards: "pass_kv"))
+        draft.take_prefill(prefill_chunk(request, runs, lambda request, shards: "pass_kv"))
     draft.remove_prefilling(request, request.ranks)
     return budgets
 
@@ -207,7 +207,7 @@ def test_a_chunk_takes_its_tokens_and_its_time_from_all_its_ranks() -> None:
     for rank in (0, 2):
         request.holding(rank)
     runs = {0: [Run(0, 12)], 2: [Run(12, 4)]}
-    chunk: Chunk = prefill_chunk(request, runs, lambda shards: "pass_kv")
+    chunk: Chunk = prefill_chunk(request, runs, lambda request, shards: "pass_kv")
     draft.take_prefill(chunk)
     assert draft.tokens == [88, 100, 96]
     assert draft.prefill_seconds == [8, 0, 8]

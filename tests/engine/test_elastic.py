@@ -13,7 +13,7 @@ import pytest
 from audit import some_tokens
 from simulated import Plans, simulated_engine
 
-from longspan.cost.model import CPU_THREAD
+from longspan.cost.rates import CPU_THREAD, LinkRates
 from longspan.engine.completion import Group
 from longspan.engine.request import Request
 from longspan.engine.scheduler import LOOKAHEAD
@@ -22,7 +22,9 @@ from longspan.sampling_params import SamplingParams
 
 PAGE = 4
 
-SLOW_EXCHANGES = replace(CPU_THREAD, link_seconds=1e-2)
+SLOW_EXCHANGES = replace(
+    CPU_THREAD, links={"host": LinkRates(seconds=1e-2, bytes=2.4e9, overlap=0)}
+)
 """What moves once instead of being asked for with each token has paid soon."""
 
 HEAVY_ATTENTION = replace(CPU_THREAD, attention_flops=1e9)

@@ -17,7 +17,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from simulated import VOCAB_SIZE
 
-from longspan.cost.model import CPU_THREAD
+from longspan.cost.rates import CPU_THREAD
 from longspan.sampling_params import SamplingParams
 
 STEPS = int(os.environ.get("LONGSPAN_SOAK_STEPS", "100_000"))

@@ -7,8 +7,9 @@ every token depend on all keys before it (see `simulated.py`).
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from audit import FAST_LINKS, SLOW, Arrival, Fleet, Service, alone, parts, some_tokens
@@ -16,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import simulated_engine
 
-from longspan.cost.model import CPU_THREAD
+from longspan.config import Strategy as AttentionStrategy
+from longspan.cost.rates import CPU_THREAD, LinkRates
 from longspan.errors import InvalidRequestError
 from longspan.outputs import CompletionOutput
 from longspan.plan import Extent, Sampling
@@ -36,7 +38,7 @@ def fleets(draw: st.DrawFn) -> Fleet:
             "min_tokens_per_rank": draw(st.sampled_from((None, 1, 5, 16, 1024))),
             "max_step_time": draw(st.sampled_from((None, 0.2, 0.005))),
             "rates": draw(st.sampled_from((CPU_THREAD, FAST_LINKS, SLOW))),
-            "attention_strategy": draw(st.sampled_from(("auto", "pass_kv", "gather_kv", "pass_q"))),
+            "attention_strategy": draw(st.sampled_from(get_args(AttentionStrategy))),
         },
     )
 
@@ -172,7 +174,7 @@ def test_requests_on_one_rank_each_share_nothing() -> None:
     assert [sum(each) for each in zip(*ranks, strict=True)] == [3, 3, 3]
 
 
-@pytest.mark.parametrize("strategy", ["pass_kv", "gather_kv", "pass_q"])
+@pytest.mark.parametrize("strategy", ["pass_kv", "gather_kv", "pass_q", "tree"])
 def test_a_forced_strategy_is_taken_wherever_keys_are_shared(strategy: str) -> None:
     """The audit of each step says so too; here it is certain that some keys are."""
     fleet = Fleet((9, 9), 4, {"attention_strategy": strategy, "min_tokens_per_rank": 16})
@@ -181,7 +183,8 @@ def test_a_forced_strategy_is_taken_wherever_keys_are_shared(strategy: str) -> N
 
 
 def test_strategies_are_chosen_for_each_step_by_themselves() -> None:
-    fleet = Fleet((99, 99), 4, {"min_tokens_per_rank": 16})
+    by_bytes = replace(CPU_THREAD, links={"host": LinkRates(0, 2.4e9, overlap=0)})
+    fleet = Fleet((99, 99), 4, {"min_tokens_per_rank": 16, "rates": by_bytes})
     service = Service(fleet, several(1, 200, max_tokens=5)).run()
     assert service.strategies == {"pass_kv", "pass_q"}
 

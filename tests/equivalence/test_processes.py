@@ -13,7 +13,7 @@ LENGTHS = (1, 2, 65, 700)
 
 @pytest.mark.parametrize(
     ("ranks", "strategy"),
-    [(1, "auto"), (2, "auto"), (2, "pass_kv"), (3, "gather_kv"), (3, "pass_q"), (4, "pass_kv")],
+    [(1, "auto"), (2, "auto"), (2, "pass_kv"), (3, "gather_kv"), (3, "tree"), (4, "pass_kv")],
 )
 def test_tokens_of_processes_are_those_of_generate(
     model_folder: Callable[[str], Path], ranks: int, strategy: str

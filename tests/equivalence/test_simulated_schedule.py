@@ -77,6 +77,7 @@ class Recorder:
         self.clock = clock
         self.num_pages = executor.num_pages
         self.rates = executor.rates
+        self.topology = executor.topology
         self.events: list[Event] = []
         self.entries: list[Entry] = []
         self.groups: dict[str, Group] = {}

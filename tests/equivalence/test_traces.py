@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from longspan import LLM, SamplingParams
-from longspan.cost.model import CPU_THREAD
+from longspan.cost.rates import CPU_THREAD, LinkRates
 from longspan.engine.completion import Group
 
 MORE = os.environ.get("LONGSPAN_TRACES")
@@ -36,7 +36,7 @@ PAGE_SIZE = 16
 NEW_TOKENS = 48
 LONGEST = 4000
 
-FAST_LINKS = replace(CPU_THREAD, link_bytes=1e13)
+FAST_LINKS = replace(CPU_THREAD, links={"host": LinkRates(110e-6, 1e13, overlap=0)})
 """Gathering pays at once, and so does spreading a prompt of a few hundred tokens."""
 
 SLOW = replace(CPU_THREAD, linear_flops=2e8, attention_flops=2e8)
@@ -89,7 +89,7 @@ def traces(draw: st.DrawFn, ranks: int) -> Trace:
         "max_num_batched_tokens": draw(st.sampled_from((24, 160, 2048))),
         "max_step_time": draw(st.sampled_from((None, 0.05))),
         "min_tokens_per_rank": draw(st.sampled_from((None, 16, 300))),
-        "attention_strategy": draw(st.sampled_from(("auto", "auto", "pass_kv", "pass_q"))),
+        "attention_strategy": draw(st.sampled_from(("auto", "auto", "pass_kv", "pass_q", "tree"))),
     }
     return Trace(options, draw(st.sampled_from((CPU_THREAD, FAST_LINKS, SLOW))), coming)
 

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from longspan.attention import cpu
@@ -20,8 +21,11 @@ from longspan.topology import Topology
 
 torch.set_num_threads(1)
 
-SHARED: tuple[Strategy, ...] = ("pass_kv", "gather_kv", "pass_q")
+SHARED: tuple[Strategy, ...] = ("pass_kv", "gather_kv", "pass_q", "tree")
 """The strategies for keys on several ranks."""
+
+TOPOLOGIES = [(1, 1), (2, 2), (3, 1), (2, 1, 2), (1, 4), (2, 2, 2, 2)]
+"""Ranks on each of several hosts."""
 
 Result = TypeVar("Result")
 Runs = tuple[Run, ...]
@@ -179,3 +183,35 @@ def assert_expected(request: Request, states: Sequence[AttentionState], shape: S
     for rank, queries in zip(request.ranks, request.queries, strict=True):
         rows = tokens(queries)
         assert_close(states[rank], AttentionState(one_device.out[rows], one_device.lse[rows]))
+
+
+topologies = st.lists(st.integers(1, 3), min_size=1, max_size=4).map(Topology.of_hosts)
+
+
+def rank_sets(size: int) -> st.SearchStrategy[list[int]]:
+    """Some of so many ranks, in any order."""
+    return st.lists(st.integers(0, size - 1), unique=True, min_size=1)
+
+
+@st.composite
+def cuts(draw: st.DrawFn, new: int, parts: int) -> tuple[Runs, ...]:
+    """Tokens 0 .. new - 1 in pieces of any size, each given to any of the parts."""
+    runs: list[list[Run]] = [[] for _ in range(parts)]
+    start = 0
+    while start < new:
+        piece = Run(start, draw(st.integers(1, new - start)))
+        runs[draw(st.integers(0, parts - 1))].append(piece)
+        start = piece.end
+    return tuple(map(tuple, runs))
+
+
+@st.composite
+def requests(draw: st.DrawFn, rank_sets: st.SearchStrategy[list[int]]) -> Request:
+    """Cached tokens and new ones on some of the ranks, cut in any way."""
+    ranks = draw(rank_sets)
+    lengths = st.one_of(st.just(0), st.integers(0, 12))
+    cached = draw(st.lists(lengths, min_size=len(ranks), max_size=len(ranks)))
+    new = draw(st.integers(1, 20))
+    queries = draw(cuts(new, len(ranks)))
+    keys = draw(st.one_of(st.just(queries), cuts(new, len(ranks))))
+    return Request(tuple(ranks), tuple(cached), queries, keys)

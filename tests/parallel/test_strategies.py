@@ -2,19 +2,23 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
 from fleet import (
     SHARED,
+    TOPOLOGIES,
     Request,
-    Runs,
     Shape,
     assert_close,
     assert_expected,
     attend,
     layer_of,
+    rank_sets,
+    requests,
     run_fleet,
+    topologies,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,9 +27,11 @@ from longspan.attention.state import AttentionState
 from longspan.engine.shard import fair_shares, zigzag
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.transport import Transport
-from longspan.plan import Run, Strategy
+from longspan.plan import Strategy
+from longspan.topology import Topology
 
 each_strategy = pytest.mark.parametrize("strategy", SHARED)
+each_topology = pytest.mark.parametrize("hosts", TOPOLOGIES, ids=str)
 
 FULL_PREFILL_SHAPES = [
     Shape(32, 8, 64),
@@ -50,9 +56,9 @@ def prefill(
 
 
 def assert_fleet_agrees(
-    size: int, requests: Sequence[Request], strategy: Strategy, shape: Shape
+    fleet: int | Topology, requests: Sequence[Request], strategy: Strategy, shape: Shape
 ) -> None:
-    by_rank = run_fleet(size, partial(attend, requests, strategy, shape=shape))
+    by_rank = run_fleet(fleet, partial(attend, requests, strategy, shape=shape))
     for request, states in zip(requests, zip(*by_rank, strict=True), strict=True):
         assert_expected(request, states, shape)
 
@@ -104,20 +110,66 @@ def test_a_batch_of_requests_on_different_ranks(strategy: Strategy) -> None:
     assert_fleet_agrees(5, BATCH, strategy, Shape())
 
 
-@pytest.mark.parametrize("strategy", ["gather_kv", "pass_q"])
-def test_a_rank_need_not_know_of_requests_in_which_it_has_no_part(strategy: Strategy) -> None:
+@each_strategy
+@each_topology
+@pytest.mark.parametrize("shape", FULL_PREFILL_SHAPES[1:3], ids=lambda s: f"{s.heads}_{s.kv_heads}")
+def test_full_prefill_over_hosts(strategy: Strategy, hosts: Sequence[int], shape: Shape) -> None:
+    topology = Topology.of_hosts(hosts)
+    request = prefill(203, range(topology.num_ranks))
+    assert_fleet_agrees(topology, [request], strategy, shape)
+
+
+@each_strategy
+@each_topology
+@pytest.mark.parametrize("new", [1, 2, 40])
+def test_partial_prefill_over_hosts(strategy: Strategy, hosts: Sequence[int], new: int) -> None:
+    """Cached tokens on all ranks, on every second one, and on the last one alone."""
+    topology = Topology.of_hosts(hosts)
+    size = topology.num_ranks
+    everywhere = prefill(new, range(size), fair_shares(300, [300] * size))
+    scattered = prefill(new, range(size), [31 * (rank % 2) for rank in range(size)])
+    behind = prefill(new, [0], [77], start=size - 1)
+    assert_fleet_agrees(topology, [everywhere, scattered, behind], strategy, Shape())
+
+
+@each_strategy
+@each_topology
+def test_decode_over_hosts_for_any_owner(strategy: Strategy, hosts: Sequence[int]) -> None:
+    """Each rank decodes one request whose keys are on all ranks, and one with none of its own."""
+    topology = Topology.of_hosts(hosts)
+    size = topology.num_ranks
+    everywhere = [prefill(1, [owner], range(40, 40 + size)) for owner in range(size)]
+    elsewhere = [
+        prefill(1, [owner], [0 if rank == owner else 9 for rank in range(size)])
+        for owner in range(size)
+    ]
+    assert_fleet_agrees(topology, [*everywhere, *elsewhere], strategy, Shape())
+
+
+@each_strategy
+@pytest.mark.parametrize("hosts", [h for h in TOPOLOGIES if sum(h) > 3], ids=str)
+def test_a_batch_of_requests_on_different_hosts(strategy: Strategy, hosts: Sequence[int]) -> None:
+    assert_fleet_agrees(Topology.of_hosts(hosts), BATCH, strategy, Shape())
+
+
+@pytest.mark.parametrize("strategy", ["gather_kv", "pass_q", "tree"])
+@pytest.mark.parametrize("hosts", [h for h in TOPOLOGIES if sum(h) > 3], ids=str)
+def test_a_rank_need_not_know_of_requests_in_which_it_has_no_part(
+    strategy: Strategy, hosts: Sequence[int]
+) -> None:
     def work(transport: Transport) -> dict[int, AttentionState]:
         own = [i for i, request in enumerate(BATCH) if transport.rank in request.ranks]
         states = attend([BATCH[i] for i in own], strategy, transport, Shape())
         return dict(zip(own, states, strict=True))
 
-    by_rank = run_fleet(4, work)
+    by_rank = run_fleet(Topology.of_hosts(hosts), work)
     for index, request in enumerate(BATCH):
         empty = AttentionState.empty(0, 4, 64, torch.device("cpu"))
         assert_expected(request, [states.get(index, empty) for states in by_rank], Shape())
 
 
-def test_several_exchanges_under_way_at_once() -> None:
+@pytest.mark.parametrize("hosts", [(4,), (2, 2), (3, 1)], ids=str)
+def test_several_exchanges_under_way_at_once(hosts: Sequence[int]) -> None:
     """Each starts before any ends, in the same order on every rank, as in a step."""
 
     def work(transport: Transport) -> list[AttentionState]:
@@ -129,23 +181,25 @@ def test_several_exchanges_under_way_at_once() -> None:
             next(job)
         return [state for job in jobs for state in finish(job)]
 
-    by_rank = run_fleet(4, work)
+    by_rank = run_fleet(Topology.of_hosts(hosts), work)
     for index, states in enumerate(zip(*by_rank, strict=True)):
         assert_expected(BATCH[index % 3], states, Shape())
 
 
 @each_strategy
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("hosts", [(1,), (2,), (3,), *TOPOLOGIES], ids=str)
 def test_a_strategy_yields_once_when_its_first_messages_are_under_way(
-    strategy: Strategy, size: int
+    strategy: Strategy, hosts: Sequence[int]
 ) -> None:
+    size = sum(hosts)
+
     def work(transport: Transport) -> int:
         job = STRATEGIES[strategy](
             layer_of([prefill(12, range(size))], strategy, transport, Shape())
         )
         return sum(1 for _ in job)
 
-    assert run_fleet(size, work) == [1] * size
+    assert run_fleet(Topology.of_hosts(hosts), work) == [1] * size
 
 
 @each_strategy
@@ -166,32 +220,10 @@ def test_the_order_of_ranks_in_a_request_does_not_matter(strategy: Strategy) -> 
 
 
 @st.composite
-def cuts(draw: st.DrawFn, new: int, parts: int) -> tuple[Runs, ...]:
-    """Tokens 0 .. new - 1 in pieces of any size, each given to any of the parts."""
-    runs: list[list[Run]] = [[] for _ in range(parts)]
-    start = 0
-    while start < new:
-        piece = Run(start, draw(st.integers(1, new - start)))
-        runs[draw(st.integers(0, parts - 1))].append(piece)
-        start = piece.end
-    return tuple(map(tuple, runs))
-
-
-@st.composite
-def requests(draw: st.DrawFn, size: int) -> Request:
-    ranks = draw(st.lists(st.integers(0, size - 1), unique=True, min_size=1))
-    lengths = st.one_of(st.just(0), st.integers(0, 12))
-    cached = draw(st.lists(lengths, min_size=len(ranks), max_size=len(ranks)))
-    new = draw(st.integers(1, 20))
-    queries = draw(cuts(new, len(ranks)))
-    keys = draw(st.one_of(st.just(queries), cuts(new, len(ranks))))
-    return Request(tuple(ranks), tuple(cached), queries, keys)
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[int, list[Request]]:
-    size = draw(st.integers(1, 5))
-    return size, draw(st.lists(requests(size), min_size=1, max_size=4))
+def batches(draw: st.DrawFn) -> tuple[Topology, list[Request]]:
+    topology = draw(topologies)
+    ranks = rank_sets(topology.num_ranks)
+    return topology, draw(st.lists(requests(ranks), min_size=1, max_size=4))
 
 
 @given(
@@ -200,9 +232,9 @@ def batches(draw: st.DrawFn) -> tuple[int, list[Request]]:
     heads=st.sampled_from([(4, 2), (7, 1), (3, 3)]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-@settings(deadline=None, max_examples=150)
-def test_any_batch(
-    batch: tuple[int, list[Request]],
+@settings(deadline=None, max_examples=200)
+def test_any_batch_on_any_hosts(
+    batch: tuple[Topology, list[Request]],
     strategy: Strategy,
     heads: tuple[int, int],
     dtype: torch.dtype,
@@ -221,12 +253,15 @@ def test_a_rank_that_fails_stops_the_fleet_with_its_own_error(strategy: Strategy
         run_fleet(3, work)
 
 
+@pytest.mark.parametrize("hosts", [(4,), (2, 2), (2, 1, 2), (1, 4)], ids=str)
 @pytest.mark.parametrize("shape", FULL_PREFILL_SHAPES, ids=lambda s: f"{s.heads}_{s.kv_heads}")
-def test_strategies_agree_with_each_other(shape: Shape) -> None:
-    request = prefill(65, range(4), [40, 0, 3])
-    pass_kv, gather_kv, pass_q = (
-        run_fleet(4, partial(attend, [request], strategy, shape=shape)) for strategy in SHARED
-    )
-    for rank in range(4):
-        assert_close(pass_kv[rank][0], gather_kv[rank][0])
-        assert_close(pass_q[rank][0], gather_kv[rank][0])
+def test_strategies_agree_with_each_other(shape: Shape, hosts: Sequence[int]) -> None:
+    topology = Topology.of_hosts(hosts)
+    request = prefill(65, range(topology.num_ranks), [40, 3])
+    by_strategy = [
+        run_fleet(topology, partial(attend, [request], strategy, shape=shape))
+        for strategy in SHARED
+    ]
+    for one, other in combinations(by_strategy, 2):
+        for (state,), (other_state,) in zip(one, other, strict=True):
+            assert_close(state, other_state)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pytest
 import torch
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from longspan.attention.state import AttentionState
 from longspan.engine.shard import zigzag
+from longspan.ops import Strategy as Travelling
 from longspan.ops import attention, context_parallel_attention
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.transport import TorchTransport, Transport
 from longspan.plan import Run, Strategy, Traffic
+from longspan.topology import Topology
 
 torch.set_num_threads(1)
 
@@ -35,10 +37,9 @@ PATIENCE_S = 60.0
 
 Result = TypeVar("Result")
 Answer = tuple[Any, Exception | None]
-Travelling = Literal["pass_kv", "gather_kv", "pass_q"]
 
 each_size = pytest.mark.parametrize("size", [2, 3, 4])
-each_strategy = pytest.mark.parametrize("strategy", SHARED)
+each_strategy = pytest.mark.parametrize("strategy", get_args(Travelling))
 
 
 def serve(rank: int, size: int, store: str, connection: Connection) -> None:
@@ -274,22 +275,27 @@ REQUESTS = [
 
 
 def started_together(
-    group: dist.ProcessGroup | None,
+    topology: Topology, group: dist.ProcessGroup | None
 ) -> tuple[list[AttentionState], dict[str, Traffic]]:
     """Every strategy starts before any ends."""
-    transport = TorchTransport(group)
+    transport = TorchTransport(group, topology)
     jobs = [STRATEGIES[s](layer_of(REQUESTS, s, transport, Shape())) for s in SHARED]
     for job in jobs:
         next(job)
     return [state for job in jobs for state in finish(job)], transport.take_traffic()
 
 
-def test_exchanges_under_way_at_once_and_their_traffic_are_those_of_threads(world: World) -> None:
-    by_rank, traffic_by_rank = zip(*run_group(world, 3, started_together), strict=True)
+@pytest.mark.parametrize("hosts", [(3,), (2, 1), (1, 2), (1, 1, 1)], ids=str)
+def test_exchanges_under_way_at_once_and_their_traffic_are_those_of_threads(
+    world: World, hosts: Sequence[int]
+) -> None:
+    topology = Topology.of_hosts(hosts)
+    together = partial(started_together, topology)
+    by_rank, traffic_by_rank = zip(*run_group(world, sum(hosts), together), strict=True)
     for index, states in enumerate(zip(*by_rank, strict=True)):
         assert_expected(REQUESTS[index % 2], states, Shape())
     for strategy in SHARED:
-        of_threads = run_fleet(3, partial(traffic_of_attention, strategy))
+        of_threads = run_fleet(topology, partial(traffic_of_attention, strategy))
         assert [traffic[strategy] for traffic in traffic_by_rank] == of_threads
 
 
@@ -356,6 +362,7 @@ def test_a_position_on_two_ranks_is_refused_by_all(world: World, strategy: Trave
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown strategy": ({"strategy": "ring"}, r"strategy='ring' .*gather_kv.*pass_kv.*pass_q"),
+    "a strategy for several hosts": ({"strategy": "tree"}, r"strategy='tree' must be one of"),
     "the strategy of one rank": ({"strategy": "local"}, "strategy='local'"),
     "q of 2 dimensions": ({"q": torch.ones(5, 64)}, r"q \[5, 64\] must be \[T, H, D\]"),
     "v shorter than k": ({"v": torch.ones(8, 2, 64)}, r"v \[8, 2, 64\]"),

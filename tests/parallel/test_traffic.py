@@ -5,14 +5,30 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from fleet import SHARED, Request, Runs, Shape, attend, run_fleet
+from fleet import (
+    SHARED,
+    TOPOLOGIES,
+    Request,
+    Runs,
+    Shape,
+    attend,
+    rank_sets,
+    requests,
+    run_fleet,
+    topologies,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from longspan.cost.strategy import KVShape, Sent, num_calls, sent_bytes
 from longspan.engine.shard import zigzag
 from longspan.parallel.transport import Transport
 from longspan.plan import Run, Strategy, Traffic
+from longspan.topology import Topology
 
 each_strategy = pytest.mark.parametrize("strategy", SHARED)
+each_topology = pytest.mark.parametrize("hosts", TOPOLOGIES, ids=str)
 each_size = pytest.mark.parametrize("size", [2, 3, 4])
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -32,7 +48,7 @@ def state_bytes(tokens: int, shape: Shape) -> int:
 
 
 def traffic_of(
-    size: int, requests: Sequence[Request], strategy: Strategy, shape: Shape
+    fleet: int | Topology, requests: Sequence[Request], strategy: Strategy, shape: Shape
 ) -> list[Traffic]:
     """What each rank counts under the strategy's name; nothing under any other."""
 
@@ -40,7 +56,7 @@ def traffic_of(
         attend(requests, strategy, transport, shape)
         return transport.take_traffic()
 
-    counted = run_fleet(size, work)
+    counted = run_fleet(fleet, work)
     assert all(traffic.keys() <= {strategy} for traffic in counted)
     return [traffic.get(strategy, Traffic()) for traffic in counted]
 
@@ -73,14 +89,15 @@ def test_gather_kv_sends_the_bytes_of_pass_kv_in_one_call(size: int, dtype: torc
 
 @each_size
 @each_dtype
+@pytest.mark.parametrize("strategy", ["pass_q", "tree"])
 def test_pass_q_sends_queries_and_float32_states_in_two_calls(
-    size: int, dtype: torch.dtype
+    strategy: Strategy, size: int, dtype: torch.dtype
 ) -> None:
-    """(R - 1) * T / R * H * (D * e + D * 4 + 4)."""
+    """(R - 1) * T / R * H * (D * e + D * 4 + 4); on one host tree is pass-Q."""
     shape = Shape(dtype=dtype)
     per_token = shape.heads * (shape.head_dim * dtype.itemsize + shape.head_dim * 4 + 4)
     expected = (size - 1) * 6 * per_token
-    counted = traffic_of(size, [even(size, cached=10, new=6)], "pass_q", shape)
+    counted = traffic_of(size, [even(size, cached=10, new=6)], strategy, shape)
     assert counted == [Traffic(2, 2 * (size - 1), expected)] * size
 
 
@@ -113,8 +130,9 @@ def test_keys_go_from_the_rank_that_holds_to_the_rank_that_computes(strategy: St
     assert holds == Traffic(calls=1, messages=1, bytes=kv_bytes(58, Shape()))
 
 
-def test_queries_go_to_the_rank_that_holds_and_states_come_back() -> None:
-    computes, holds = traffic_of(2, [COMPUTES_OR_HOLDS], "pass_q", Shape())
+@pytest.mark.parametrize("strategy", ["pass_q", "tree"])
+def test_queries_go_to_the_rank_that_holds_and_states_come_back(strategy: Strategy) -> None:
+    computes, holds = traffic_of(2, [COMPUTES_OR_HOLDS], strategy, Shape())
     assert computes == Traffic(calls=2, messages=1, bytes=query_bytes(8, Shape()))
     assert holds == Traffic(calls=2, messages=1, bytes=state_bytes(8, Shape()))
 
@@ -150,7 +168,7 @@ def test_a_block_is_cut_where_a_request_leaves_the_ring() -> None:
     ]
 
 
-@pytest.mark.parametrize("strategy", ["gather_kv", "pass_q"])
+@pytest.mark.parametrize("strategy", ["gather_kv", "pass_q", "tree"])
 def test_a_rank_sends_only_to_ranks_that_share_a_request(strategy: Strategy) -> None:
     pairs = [
         Request((0, 1), (5, 5), ((Run(0, 4),), NOTHING), ((Run(0, 4),), NOTHING)),
@@ -173,6 +191,124 @@ def test_keys_without_queries_send_nothing(strategy: Strategy) -> None:
     assert traffic_of(3, [idle], strategy, Shape()) == [Traffic()] * 3
 
 
+def kv_shape(shape: Shape) -> KVShape:
+    return KVShape(1, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype.itemsize)
+
+
+def sent_by_each(
+    topology: Topology, batch: Sequence[Request], strategy: Strategy, shape: Shape
+) -> list[Sent]:
+    """What the formulas say that each rank of a fleet sends for a batch."""
+    near, far = [0] * topology.num_ranks, [0] * topology.num_ranks
+    for request in batch:
+        shards = sorted(request.segment(strategy).shards, key=lambda shard: shard.rank)
+        sent = sent_bytes(strategy, shards, kv_shape(shape), topology)
+        for shard, (to_near, to_far) in zip(shards, sent, strict=True):
+            near[shard.rank] += to_near
+            far[shard.rank] += to_far
+    return [Sent(*both) for both in zip(near, far, strict=True)]
+
+
+def split(counted: Sequence[Traffic]) -> list[Sent]:
+    return [Sent(traffic.bytes - traffic.far_bytes, traffic.far_bytes) for traffic in counted]
+
+
+@each_strategy
+@each_topology
+@each_dtype
+def test_even_shares_send_over_any_hosts_what_the_formulas_say(
+    strategy: Strategy, hosts: Sequence[int], dtype: torch.dtype
+) -> None:
+    topology, shape = Topology.of_hosts(hosts), Shape(dtype=dtype)
+    request = even(topology.num_ranks, cached=10, new=6)
+    counted = traffic_of(topology, [request], strategy, shape)
+    assert split(counted) == sent_by_each(topology, [request], strategy, shape)
+    calls = max(traffic.calls for traffic in counted)
+    rounds = sum(num_calls(strategy, request.ranks, topology))
+    assert calls == rounds if len(set(hosts)) == 1 else calls <= rounds
+
+
+@pytest.mark.parametrize("hosts", [(1, 1), (2, 2), (3, 3), (2, 2, 2, 2)], ids=str)
+def test_tree_sends_few_messages_over_even_hosts(hosts: Sequence[int]) -> None:
+    """2 (N - 1) to other hosts' gateways and back, 4 (r - 1) inside the host."""
+    topology = Topology.of_hosts(hosts)
+    counted = traffic_of(topology, [even(topology.num_ranks, 10, 6)], "tree", Shape())
+    messages = 2 * (len(hosts) - 1) + 4 * (hosts[0] - 1)
+    assert [traffic.messages for traffic in counted] == [messages] * topology.num_ranks
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Topology, list[Request]]:
+    """Requests with shares on the same ranks, as those have that go round one ring."""
+    topology = draw(topologies)
+    ranks = draw(rank_sets(topology.num_ranks))
+    return topology, draw(st.lists(requests(st.just(ranks)), min_size=1, max_size=3))
+
+
+@given(batch=batches(), strategy=st.sampled_from(SHARED))
+@settings(deadline=None, max_examples=200)
+def test_any_shares_send_over_any_hosts_what_the_formulas_say(
+    batch: tuple[Topology, list[Request]], strategy: Strategy
+) -> None:
+    topology, requests = batch
+    shape = Shape(head_dim=2)
+    counted = traffic_of(topology, requests, strategy, shape)
+    assert split(counted) == sent_by_each(topology, requests, strategy, shape)
+
+
+@pytest.mark.parametrize("owner", [0, 3])
+@pytest.mark.parametrize("hosts", [(1, 1), (2, 2), (4, 4), (2, 2, 2, 2), (3, 3, 3)], ids=str)
+def test_tree_decode_sends_to_other_hosts_as_many_times_less_as_they_have_ranks(
+    hosts: Sequence[int], owner: int
+) -> None:
+    """A query goes to, and a state comes from, each other host once; altogether as many bytes."""
+    topology, shape = Topology.of_hosts(hosts), Shape()
+    request = decode(owner % topology.num_ranks, range(5, 5 + topology.num_ranks))
+    flat, tree = (traffic_of(topology, [request], way, shape) for way in ("pass_q", "tree"))
+    far = sum(traffic.far_bytes for traffic in tree)
+    assert far == (len(hosts) - 1) * (query_bytes(1, shape) + state_bytes(1, shape))
+    assert far * hosts[0] == sum(traffic.far_bytes for traffic in flat)
+    assert sum(traffic.bytes for traffic in tree) == sum(traffic.bytes for traffic in flat)
+
+
+def test_the_ranks_of_a_host_share_the_work_of_its_gateway() -> None:
+    """Each of 2 hosts' 3 ranks decodes a request; all have keys of all."""
+    topology = Topology.of_hosts([3, 3])
+    batch = [decode(owner, [4] * 6) for owner in range(6)]
+    counted = traffic_of(topology, batch, "tree", Shape())
+    assert all(traffic == counted[0] for traffic in counted)
+
+
+@each_topology
+def test_a_ring_sends_each_block_into_each_other_host_once(hosts: Sequence[int]) -> None:
+    """What a host sends to the next is all keys but that host's own."""
+    topology, shape = Topology.of_hosts(hosts), Shape()
+    size = topology.num_ranks
+    counted = traffic_of(topology, [even(size, cached=10, new=6)], "pass_kv", shape)
+    for host in range(len(hosts)):
+        into_next = sum(
+            traffic.far_bytes
+            for rank, traffic in enumerate(counted)
+            if topology.hosts[rank] == host
+        )
+        others = size - hosts[(host + 1) % len(hosts)]
+        assert into_next == others * kv_bytes(10 + 6, shape)
+
+
+def test_keys_cross_no_further_than_the_last_host_with_queries() -> None:
+    """All for rank 2 of hosts 0, 1 | 2, 3 | 4: keys on 0 and 1 cross once, those on 4 twice."""
+    topology, shape = Topology.of_hosts([2, 2, 1]), Shape()
+    counted = traffic_of(topology, [decode(2, [10, 20, 30, 40, 50])], "pass_kv", shape)
+    # Rank 4's keys come in at rank 0. Those of 1, of 3, are one hop from rank 2 on its host.
+    assert split(counted) == [
+        Sent(0, kv_bytes(10 + 50, shape)),
+        Sent(0, kv_bytes(20, shape)),
+        Sent(0, 0),
+        Sent(kv_bytes(20 + 40, shape), 0),
+        Sent(0, kv_bytes(50, shape)),
+    ]
+
+
 def exchange_two_numbers(transport: Transport) -> dict[str, Traffic]:
     peer = 1 - transport.rank
     received = torch.empty(2)
@@ -188,6 +324,19 @@ def test_what_was_taken_is_not_counted_again() -> None:
 
     once = {"pair": Traffic(calls=1, messages=1, bytes=8)}
     assert run_fleet(2, work) == [(once, {}, once)] * 2
+
+
+def test_bytes_to_other_hosts_are_counted_apart() -> None:
+    def work(transport: Transport) -> Traffic:
+        others = [rank for rank in range(3) if rank != transport.rank]
+        sends = [(peer, torch.ones(peer + 1)) for peer in others]
+        receives = [(peer, torch.empty(transport.rank + 1)) for peer in others]
+        transport.exchange("all", sends, receives)()
+        return transport.take_traffic()["all"]
+
+    counted = run_fleet(Topology.of_hosts([2, 1]), work)
+    assert [traffic.bytes for traffic in counted] == [20, 16, 12]
+    assert [traffic.far_bytes for traffic in counted] == [12, 12, 12]
 
 
 def test_receives_fill_in_the_order_in_which_they_start_whichever_is_waited_for_first() -> None:

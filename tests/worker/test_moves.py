@@ -173,7 +173,7 @@ def test_a_plan_of_moves_alone_changes_the_targets_alone(
         assert result == RankResult((), {"move": sent(threads, moves, rank)})
 
 
-@pytest.mark.parametrize("strategy", ["pass_kv", "gather_kv", "pass_q"])
+@pytest.mark.parametrize("strategy", ["pass_kv", "gather_kv", "pass_q", "tree"])
 @each_moves
 def test_moves_beside_a_step_change_nothing_of_it(
     threads: InProcessExecutor, moves: list[Move], strategy: Strategy

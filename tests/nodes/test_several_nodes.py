@@ -1,0 +1,187 @@
+"""What several nodes promise: exact tokens, and the end of one is the end of all, in one line."""
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import cluster
+import pytest
+import reference
+from cluster import NodeProgram, wait_until_gone
+from safetensors.torch import load_file, save_file
+
+import longspan.config
+from longspan import LLM, SamplingParams
+from longspan.engine.engine import Engine
+from longspan.errors import ConfigError, RankFailedError
+from longspan.models import load_spec
+from longspan.topology import Topology
+from longspan.worker.processes import ProcessExecutor
+
+Launch = Callable[..., NodeProgram]
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)
+OPTIONS = {"kv_cache_tokens": 2500, "min_tokens_per_rank": 1}
+
+
+def start(model: Path, port: int, ranks: int, nnodes: int, **options: object) -> LLM:
+    return LLM(
+        str(model),
+        context_parallel_size=ranks,
+        nnodes=nnodes,
+        master_port=port,
+        **OPTIONS | options,
+    )
+
+
+def executor(llm: LLM) -> ProcessExecutor:
+    assert isinstance(llm.engine.executor, ProcessExecutor)
+    return llm.engine.executor
+
+
+def test_tokens_over_three_uneven_nodes_are_those_of_generate(model: Path, launch: Launch) -> None:
+    """Every strategy, one after the other, on the same four ranks."""
+    port = cluster.free_port()
+    nodes = [launch(1, port, "--nnodes", "3", "--context-parallel-size-local", "2")]
+    nodes.append(launch(2, port, "--nnodes", "3", "--context-parallel-size-local", "1"))
+    prompts = [reference.prompt(length) for length in (1, 2, 65, 700)]
+    plain = reference.load(model)
+    expected = [reference.greedy(plain, prompt, 24) for prompt in prompts]
+    llm = start(
+        model, port, 4, 3, context_parallel_size_local=1, max_num_batched_tokens=100, page_size=8
+    )
+    with llm:
+        assert executor(llm).topology == Topology((0, 1, 1, 2), (0, 0, 0, 0))
+        pids = executor(llm).pids + [pid for node in nodes for pid in node.rank_pids()]
+        assert len(pids) == 4
+        for strategy in get_args(longspan.config.Strategy):
+            config = dataclasses.replace(llm.config, attention_strategy=strategy)
+            llm.engine = Engine(config, load_spec(config), executor(llm), None)
+            outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == expected, strategy
+            assert len(llm.engine.traffic) >= 1, "ranks of other nodes have had a part in it"
+    for number, node in enumerate(nodes, 1):
+        assert node.end() == 0
+        assert node.lines[-2].startswith(f"node {number}: lends rank")
+        assert node.lines[-1] == f"node {number}: node 0 has ended, and so does this node"
+        assert not list(node.folder.iterdir())
+    wait_until_gone(pids)
+
+
+def test_another_copy_s_weights_are_noticed(model: Path, launch: Launch, tmp_path: Path) -> None:
+    """With the same config.json, so that only who has loaded it can tell."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_bytes((model / "config.json").read_bytes())
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    port = cluster.free_port()
+    node = launch(1, port, "--nnodes", "2", model=other)
+    with pytest.raises(
+        ConfigError, match=r"that rank 1 on node 1 \(.*\) has loaded is not that of"
+    ):
+        start(model, port, 2, 2)
+    assert node.end() == 0
+
+
+def kill_a_rank(node: NodeProgram) -> None:
+    [pid] = node.rank_pids()
+    os.kill(pid, signal.SIGKILL)
+
+
+ENDS = {
+    "a killed rank": (
+        kill_a_rank,
+        r"rank 1 on node 1 \(.+\) \(pid \d+\) was killed by SIGKILL",
+        r"error: rank 1 on node 1 \(.+\) \(pid \d+\) was killed by SIGKILL",
+        1,
+    ),
+    "a killed node": (
+        lambda node: node.send(signal.SIGKILL),
+        r"node 1 \(.+\) was lost: it was ended or can't be reached",
+        "node 1: lends rank 1 of 2",
+        -signal.SIGKILL,
+    ),
+    "a terminated node": (
+        lambda node: node.send(signal.SIGTERM),
+        r"node 1 \(.+\) was terminated",
+        "terminated",
+        143,
+    ),
+    "an interrupted node": (
+        lambda node: node.send(signal.SIGINT),
+        r"node 1 \(.+\) was interrupted",
+        "interrupted",
+        130,
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_end_of_one_is_the_end_of_all(model: Path, launch: Launch, end: str) -> None:
+    act, told_engine, told_node, status = ENDS[end]
+    port = cluster.free_port()
+    node = launch(1, port, "--nnodes", "2")
+    llm = start(model, port, 2, 2)
+    pids = executor(llm).pids + node.rank_pids()
+    assert len(pids) == 2
+    llm.engine.add_request([7] * 3000, LONG)
+    llm.engine.step()
+    act(node)
+    begun = time.monotonic()
+    with pytest.raises(RankFailedError, match=told_engine) as caught:
+        llm.generate({"prompt_token_ids": [7] * 3000}, LONG, use_tqdm=False)
+    assert "\n" not in str(caught.value)
+    wait_until_gone(pids)
+    assert node.end() == status
+    assert time.monotonic() - begun < 20
+    assert re.fullmatch(told_node, node.lines[-1])
+    assert not list(node.folder.iterdir())
+
+
+ENGINE = """
+from longspan import LLM, SamplingParams
+llm = LLM({model!r}, context_parallel_size=2, nnodes=2, master_port={port}, **{options})
+print(*llm.engine.executor.pids, flush=True)
+params = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)
+llm.generate({{"prompt_token_ids": [7] * 3000}}, params)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_the_engine_is_the_end_of_all(
+    model: Path, launch: Launch, tmp_path: Path, sent: signal.Signals
+) -> None:
+    port = cluster.free_port()
+    node = launch(1, port, "--nnodes", "2")
+    script = ENGINE.format(model=str(model), port=port, options=OPTIONS)
+    engine = subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True)
+    assert engine.stdout
+    pids = [*map(int, engine.stdout.readline().split()), *node.rank_pids()]
+    assert len(pids) == 2
+    time.sleep(0.5)
+    engine.send_signal(sent)
+    engine.communicate(timeout=20)
+    wait_until_gone(pids)
+    assert node.end() == 0
+    assert node.lines[-1] == "node 1: node 0 has ended, and so does this node"
+    assert not list(node.folder.iterdir())
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_node_that_waits_can_be_ended(launch: Launch, sent: signal.Signals, status: int) -> None:
+    port = cluster.free_port()
+    node = launch(1, port, "--nnodes", "2")
+    node.wait_for(f"waiting for node 0 at 127.0.0.1:{port}")
+    node.send(sent)
+    assert node.end() == status
+    assert len(node.lines) == 2
