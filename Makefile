@@ -14,8 +14,9 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# On two cores; a worker that has done its half of the tests takes some of the other's.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Ten times the steps of the tests' invariants; takes some ten minutes.
 soak: install

@@ -1,11 +1,13 @@
 """Hosts that are namespaces: who reaches whom, how fast, and that nothing is left of them."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from subprocess import PIPE, Popen
 
@@ -116,8 +118,12 @@ def assert_all_end(namespaces_of_hosts: set[str]) -> None:
         time.sleep(0.02)
 
 
-def names_of(hosts: Hosts) -> set[str]:
-    return {os.readlink(f"/proc/{host.pid}/ns/net") for host in hosts}
+@contextlib.contextmanager
+def named(pids: Iterable[int]) -> Iterator[set[str]]:
+    """Names of the processes' namespaces, which are given to no new ones while this is open."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(f"/proc/{pid}/ns/net")) for pid in pids]
+        yield {os.readlink(f"/proc/self/fd/{file.fileno()}") for file in files}
 
 
 def test_nothing_is_left_after_a_failure() -> None:
@@ -125,7 +131,7 @@ def test_nothing_is_left_after_a_failure() -> None:
 
     def fail_on_hosts() -> None:
         with Hosts(2, gbit=1) as hosts:
-            made.update(names_of(hosts))
+            made.update(stack.enter_context(named(host.pid for host in hosts)))
             # Processes that have a child of their own, which knows nothing of the host.
             shell = ["sh", "-c", "sleep 1000 & echo ready; wait"]
             begun.extend(hosts[0].popen(shell, stdout=PIPE) for _ in range(2))
@@ -134,20 +140,21 @@ def test_nothing_is_left_after_a_failure() -> None:
             assert len(made & namespaces()) == 2
             raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        fail_on_hosts()
-    assert [process.returncode for process in begun] == [-signal.SIGKILL] * 2
-    assert not made & namespaces()
+    with contextlib.ExitStack() as stack:
+        with pytest.raises(ZeroDivisionError):
+            fail_on_hosts()
+        assert [process.returncode for process in begun] == [-signal.SIGKILL] * 2
+        assert not made & namespaces()
     for process in begun:
         process.stdout.close()
 
 
 PROGRAM = """
-import os, sys, time
+import sys, time
 from netns import Hosts
 with Hosts(2, gbit=1) as hosts:
     process = hosts[0].popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-    print(*(os.readlink(f"/proc/{host.pid}/ns/net") for host in hosts), flush=True)
+    print(*(host.pid for host in hosts), flush=True)
     time.sleep(1000)
 """
 
@@ -162,11 +169,10 @@ def test_nothing_is_left_of_a_program_that_is_ended(how: signal.Signals) -> None
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    with program:
-        made = set(program.stdout.readline().split())
+    with program, named(map(int, program.stdout.readline().split())) as made:
         assert len(made & namespaces()) == 2
         program.send_signal(how)
-    assert_all_end(made)
+        assert_all_end(made)
 
 
 def test_a_command_that_fails_is_named() -> None:

@@ -65,7 +65,7 @@ def kinds(samples: Samples) -> set[tuple[str, str]]:
             + [{("hop", "network"), ("all_to_all", "network")}],
         ),
     ],
-    ids=str,
+    ids=["one rank", "two hosts", "two hosts, two ranks on one"],
 )
 def test_each_kind_of_link_is_measured_where_it_is(
     sizes: Sequence[int],
