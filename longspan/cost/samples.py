@@ -1,6 +1,6 @@
 """What a fleet measures of itself, and the rates that come nearest to it. Plain data."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Literal
@@ -83,14 +83,20 @@ def fit_rates(ranks: Sequence[Samples], shape: KVShape, num_active_parameters: i
         [one.seconds - attend for one in computing],
         scales=[one.seconds for one in computing],
     )
+    messages = [one for rank in ranks for one in rank.messages]
+    overlaps = [one for rank in ranks for one in rank.overlaps]
+
+    def overlap_of(link: Link) -> float:
+        return median([one.overlap for one in overlaps if one.link == link] or [0.0])
+
     rates = Rates(
         step_seconds=0.0,
         linear_flops=float("inf"),
         attention_flops=_per_second(pair),
         memory_bytes=_per_second(byte),
         attend_seconds=attend,
-        links=_links(ranks, "hop"),
-        all_to_all=_links(ranks, "all_to_all"),
+        links=_links(messages, "hop", overlap_of),
+        all_to_all=_links(messages, "all_to_all", overlap_of),
     )
     model = CostModel(shape, num_active_parameters, rates)
     steps = [one for rank in ranks for one in rank.steps]
@@ -105,17 +111,25 @@ def fit_rates(ranks: Sequence[Samples], shape: KVShape, num_active_parameters: i
     return replace(rates, step_seconds=step, linear_flops=_per_second(flop))
 
 
-def _links(ranks: Iterable[Samples], kind: MessageKind) -> dict[Link, LinkRates]:
+def with_links(rates: Rates, messages: Sequence[MessageSample]) -> Rates:
+    """The same ranks with the links that were measured; what overlaps is still assumed."""
+    return replace(
+        rates,
+        links={**rates.links, **_links(messages, "hop", lambda link: rates.hop(link).overlap)},
+        all_to_all=_links(messages, "all_to_all", lambda link: rates.hop(link).overlap),
+    )
+
+
+def _links(
+    messages: Iterable[MessageSample], kind: MessageKind, overlap_of: Callable[[Link], float]
+) -> dict[Link, LinkRates]:
     """Latency and bandwidth of each kind of link that was measured."""
-    ranks = list(ranks)
-    messages = [one for rank in ranks for one in rank.messages if one.kind == kind]
-    overlaps = [one for rank in ranks for one in rank.overlaps]
+    messages = [one for one in messages if one.kind == kind]
     links: dict[Link, LinkRates] = {}
     for link in sorted({one.link for one in messages}):
         own = [one for one in messages if one.link == link]
         seconds, byte = fit([[1, one.bytes] for one in own], [one.seconds for one in own])
-        overlap = median([one.overlap for one in overlaps if one.link == link] or [0.0])
-        links[link] = LinkRates(seconds, _per_second(byte), overlap)
+        links[link] = LinkRates(seconds, _per_second(byte), overlap_of(link))
     return links
 
 

@@ -7,7 +7,7 @@ import msgspec
 from longspan import errors
 from longspan.config import EngineConfig
 from longspan.cost.rates import Rates
-from longspan.cost.samples import Samples
+from longspan.cost.samples import MessageSample, Samples
 from longspan.errors import LongspanError
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult
@@ -77,11 +77,13 @@ class Start(msgspec.Struct, tag=True, frozen=True):
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """Worker to engine, once: the model is loaded, and this is what the rank has and does.
 
-    `digest` tells whether it is the same model on all ranks.
+    `messages` are what it measured of its links, if it did; `digest` tells whether it is the same
+    model on all ranks.
     """
 
     num_pages: int
     rates: Rates
+    messages: tuple[MessageSample, ...]
     digest: str
 
 

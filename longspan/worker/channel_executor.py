@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from longspan.config import EngineConfig
-from longspan.cost.samples import Samples
+from longspan.cost.samples import Samples, with_links
 from longspan.errors import ConfigError, EngineStoppedError, LongspanError, RankFailedError
 from longspan.models import ModelSpec
 from longspan.plan import RankPlan, RankResult
@@ -52,7 +52,8 @@ class ChannelExecutor:
             self.close()
             raise
         self.num_pages = tuple(ready[rank].num_pages for rank in range(config.num_ranks))
-        self.rates = ready[0].rates
+        messages = [one for message in ready.values() for one in message.messages]
+        self.rates = with_links(ready[0].rates, messages)
 
     def _start_ranks(self, config: EngineConfig) -> tuple[EngineConfig, str]:
         """Start all ranks: fills hosts and channels, and sets the topology.

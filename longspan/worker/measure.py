@@ -1,7 +1,7 @@
 """A rank measures what it does, while all others do the same: steps, attention, messages."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 import torch
@@ -28,6 +28,8 @@ COMPUTED = ((128, 1024), (512, 4096))
 """Queries, and keys that all of them see."""
 MESSAGE_BYTES = (1024, 64 * 2**10, 2**20, 8 * 2**20)
 """To each rank."""
+FEW_MESSAGE_BYTES = (1024, 256 * 2**10)
+"""At the start of an engine, which shall not wait for this."""
 REPEATS, REPEATS_OF_SMALL = 7, 31
 """The latency of messages scatters most."""
 MAX_SECONDS = 1.0
@@ -41,6 +43,12 @@ def measure(runner: ModelRunner) -> Samples:
     The pool's first pages are written: nothing may be in them.
     """
     return _Measurement(runner).run()
+
+
+@torch.inference_mode()
+def measure_links(runner: ModelRunner) -> tuple[MessageSample, ...]:
+    """Measure a rank's links only, in a few dozen messages; every rank at the same time."""
+    return tuple(_Measurement(runner).messages(FEW_MESSAGE_BYTES, REPEATS))
 
 
 class _Measurement:
@@ -59,36 +67,43 @@ class _Measurement:
             everyone, key=lambda rank: (rank - topology.hosts.index(topology.hosts[rank]), rank)
         )
         """All ranks, the next one on another host as often as can be."""
-        self.near = topology.num_ranks > topology.num_hosts
-        self.far = topology.num_hosts > 1
 
     def run(self) -> Samples:
         steps = [self._step(tokens) for tokens in STEP_TOKENS if self._fits(tokens)]
         shapes = [*((1, keys) for keys in READ_KEYS), *COMPUTED]
         attention = [self._attention(queries, keys) for queries, keys in shapes]
-        messages: list[MessageSample] = []
-        overlaps: list[OverlapSample] = []
-        inside: tuple[Link, ...] = ("device", "host")
-        between: tuple[Link, ...] = ("network",)
-        for there_is, links, ring in (
-            (self.near, inside, self.beside),
-            (self.far, between, self.scattered),
-        ):
-            if there_is:
-                sending, receiving = self._next_in(ring, links)
-                peers = [rank for rank in self.others if self._link(rank) in links]
-                for size in MESSAGE_BYTES:
-                    messages += self._messages("hop", size, sending, receiving)
-                    messages += self._messages("all_to_all", size, peers, peers)
-                overlaps += self._overlap(sending, receiving)
+        messages = self.messages(MESSAGE_BYTES, REPEATS_OF_SMALL)
+        overlaps = [one for links in self._kinds_of_links() for one in self._overlap(links)]
         self.transport.take_traffic()
         return Samples(tuple(steps), tuple(attention), tuple(messages), tuple(overlaps))
+
+    def messages(self, sizes: Sequence[int], repeats_of_small: int) -> list[MessageSample]:
+        """Messages of so many bytes to the next rank and to all, over each kind of link."""
+        found: list[MessageSample] = []
+        for links in self._kinds_of_links():
+            sending, receiving = self._next(links)
+            peers = [rank for rank in self.others if self._link(rank) in links]
+            for size in sizes:
+                repeats = repeats_of_small if size <= 2**16 else REPEATS
+                found += self._messages("hop", size, sending, receiving, repeats)
+                found += self._messages("all_to_all", size, peers, peers, repeats)
+        self.transport.take_traffic()
+        return found
+
+    def _kinds_of_links(self) -> Iterator[tuple[Link, ...]]:
+        """Those inside hosts and those between them, if there are any in the fleet."""
+        topology = self.transport.topology
+        if topology.num_ranks > topology.num_hosts:
+            yield "device", "host"
+        if topology.num_hosts > 1:
+            yield ("network",)
 
     def _link(self, rank: int) -> Link:
         return self.transport.topology.link(self.rank, rank)
 
-    def _next_in(self, ring: Sequence[int], links: Sequence[Link]) -> tuple[list[int], list[int]]:
+    def _next(self, links: Sequence[Link]) -> tuple[list[int], list[int]]:
         """Whom this rank sends to in a ring and whom it receives from, over such links only."""
+        ring = self.scattered if "network" in links else self.beside
         place = ring.index(self.rank)
         after, before = ring[(place + 1) % len(ring)], ring[place - 1]
         sending, receiving = (
@@ -124,10 +139,14 @@ class _Measurement:
         return lambda: attend(state, q, [block], [tile], runner.kernel, runner.scale[0])
 
     def _messages(
-        self, kind: MessageKind, size: int, sending: Sequence[int], receiving: Sequence[int]
+        self,
+        kind: MessageKind,
+        size: int,
+        sending: Sequence[int],
+        receiving: Sequence[int],
+        repeats: int,
     ) -> list[MessageSample]:
         """So many bytes to each of some ranks and from each of some; nothing if it sends none."""
-        repeats = REPEATS_OF_SMALL if size <= 2**16 else REPEATS
         seconds = self._together(self._exchanging(size, sending, receiving), repeats=repeats)
         if not sending or (kind == "all_to_all" and len(sending) == 1):  # which is a hop
             return []
@@ -142,8 +161,9 @@ class _Measurement:
         receives = [(peer, torch.empty_like(sent)) for peer in receiving]
         return lambda: self.transport.exchange("measure", sends, receives)
 
-    def _overlap(self, sending: Sequence[int], receiving: Sequence[int]) -> list[OverlapSample]:
+    def _overlap(self, links: Sequence[Link]) -> list[OverlapSample]:
         """The largest message, attention that takes about as long, and both at once."""
+        sending, receiving = self._next(links)
         exchanging = self._exchanging(MESSAGE_BYTES[-1], sending, receiving)
         attending = self._attending(*COMPUTED[0])
         message = self._together(exchanging)

@@ -50,11 +50,12 @@ def _obey(channel: Channel) -> None:
     assert isinstance(start, Start)
     from longspan.worker.digest import model_digest
     from longspan.worker.launch import launch, rates_of
-    from longspan.worker.measure import measure
+    from longspan.worker.measure import measure, measure_links
 
     runner = launch(start)
     digest = model_digest(runner.model)
-    channel.send(Ready(runner.pool.num_pages, rates_of(runner.device), digest))
+    messages = measure_links(runner) if start.config.calibration is None else ()
+    channel.send(Ready(runner.pool.num_pages, rates_of(runner.device), messages, digest))
     while True:
         message = channel.receive()
         if isinstance(message, Measure):

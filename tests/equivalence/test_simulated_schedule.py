@@ -207,7 +207,7 @@ def replay(
     executor = VirtualExecutor(
         num_pages,
         PAGE_SIZE,
-        CostModel.of(spec, recorder.rates),
+        CostModel.of(spec, recorder.rates, recorder.topology),
         token_of=token_of,
         done_at=done_at,
     )

@@ -13,6 +13,7 @@ from longspan import LLM, SamplingParams
 from longspan.cli import app
 from longspan.config import EngineConfig
 from longspan.cost.calibration import Calibration
+from longspan.cost.rates import CPU_THREAD
 from longspan.cost.samples import Samples, fit_rates
 from longspan.cost.strategy import KVShape
 from longspan.errors import ConfigError
@@ -116,3 +117,31 @@ def test_a_fleet_is_calibrated_and_served_with_what_it_does(model: Path, tmp_pat
 def test_a_missing_calibration_is_refused_before_anything_starts(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"calibration='nowhere.json' can't be read"):
         LLM(str(model), calibration="nowhere.json")
+
+
+def test_an_engine_measures_its_links_when_it_starts_without_a_calibration(
+    model: Path, tmp_path: Path
+) -> None:
+    options = {"context_parallel_size": 2, "kv_cache_tokens": 64}
+    with LLM(str(model), **options) as llm:
+        found = llm.engine.executor.rates
+    assumed = CPU_THREAD.hop("device")
+    hop = found.links["device"]
+    assert 0 < hop.seconds < 1
+    assert hop.bytes > 1e6
+    assert (hop.seconds, hop.bytes) != (assumed.seconds, assumed.bytes)
+    assert hop.overlap == assumed.overlap
+    assert found.links["network"] == CPU_THREAD.links["network"]
+    assert found.all_to_all == {}, "two ranks have but one peer each"
+    path = tmp_path / "rates.json"
+    Calibration(
+        date="2026-01-01",
+        device="",
+        torch="",
+        model="",
+        ranks_per_host=(2,),
+        rates=found,
+        samples=(),
+    ).save(path)
+    with LLM(str(model), calibration=str(path), **options) as llm:
+        assert llm.engine.executor.rates.links == CPU_THREAD.links
