@@ -134,14 +134,9 @@ def test_an_engine_measures_its_links_when_it_starts_without_a_calibration(
     assert found.links["network"] == CPU_THREAD.links["network"]
     assert found.all_to_all == {}, "two ranks have but one peer each"
     path = tmp_path / "rates.json"
-    Calibration(
-        date="2026-01-01",
-        device="",
-        torch="",
-        model="",
-        ranks_per_host=(2,),
-        rates=found,
-        samples=(),
-    ).save(path)
+    file = Calibration(
+        date="", device="", torch="", model="", ranks_per_host=(2,), rates=found, samples=()
+    )
+    file.save(path)
     with LLM(str(model), calibration=str(path), **options) as llm:
         assert llm.engine.executor.rates.links == CPU_THREAD.links
