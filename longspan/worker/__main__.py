@@ -6,6 +6,7 @@ doing then, and removes its starter's temporary FOLDER, since a killed one can't
 """
 
 import contextlib
+import gc
 import os
 import select
 import shutil
@@ -44,10 +45,13 @@ def _end_with_engine(channel: Channel, folder: str) -> None:
 def _serve(channel: Channel) -> None:
     start = channel.receive()
     assert isinstance(start, Start)
+    gc.disable()  # what is imported stays, and the collector would go through it over and over
     from longspan.worker.digest import model_digest
     from longspan.worker.launch import launch, rates_of
     from longspan.worker.measure import measure
 
+    gc.freeze()
+    gc.enable()
     runner = launch(start)
     digest = model_digest(runner.model)
     channel.send(Ready(runner.pool.num_pages, rates_of(runner.device), digest))
