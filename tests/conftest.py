@@ -7,11 +7,12 @@ with ranks as threads; real worker processes over gloo. A GPU is never needed.
 import os
 import signal
 
-# Before torch is imported: ranks are many and cores are few.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch is imported: ranks and workers of the tests are many and cores are few.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -20,3 +21,8 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("longspan", deadline=None, print_blob=True)
 settings.load_profile("longspan")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests begin first, so that no worker is left with one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -42,6 +42,9 @@ class Audit:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        num_pages = engine.ledger.num_pages
+        self.pages = [pages_in([Extent(0, n)], rank) for rank, n in enumerate(num_pages)]
+        """All pages of each rank."""
         self.slots_of: dict[tuple[str, int], list[Slot]] = {}
         """Where each running request's keys are, by position; a preempted one starts anew."""
         self.contents: dict[Place, tuple[int, ...]] = {}
@@ -259,8 +262,7 @@ class Audit:
                 owners.update(pages_in(holding.extents, rank))
             assert {slot[0] for slot in slots} <= request.holdings.keys(), "no key is lost"
         ledger, self.idle = self.engine.ledger, set()
-        for rank, num_pages in enumerate(ledger.num_pages):
-            places = [Place(rank, page) for page in range(num_pages)]
+        for rank, places in enumerate(self.pages):
             for place in places:
                 assert ledger.num_owners(place) == owners[place]
                 if place in ledger.cache:

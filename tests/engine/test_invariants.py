@@ -69,6 +69,7 @@ def crowd(fleet: Fleet, number: int, seed: int) -> list[Arrival]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(STEPS // 100)  # it takes a minute or two, on a busy machine several times that
 def test_no_invariant_breaks_in_a_hundred_thousand_steps() -> None:
     seen: Counter[str] = Counter()

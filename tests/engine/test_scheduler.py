@@ -74,6 +74,7 @@ def services(draw: st.DrawFn) -> Service:
     return Service(fleet, draw(st.lists(arrivals(fleet), min_size=1, max_size=8)))
 
 
+@pytest.mark.long
 @given(services())
 @settings(max_examples=150)
 def test_every_trace_keeps_all_invariants_and_all_outputs(service: Service) -> None:

@@ -80,8 +80,8 @@ def expected(model_folder: Built) -> Callable[[str], list[list[int]]]:
     return tokens
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("ranks", "strategy", "chunk"), CASES)
+@pytest.mark.parametrize("name", MODELS)  # a model's cases follow each other, on one worker
 def test_tokens_are_those_of_generate(
     model_folder: Built,
     expected: Callable[[str], list[list[int]]],

@@ -162,6 +162,7 @@ def expected(model_folder: Callable[[str], Path]) -> Expected:
     return Expected(reference.load(model_folder("llama")))
 
 
+@pytest.mark.long
 def test_tokens_of_random_traces_are_those_of_generate(
     model_folder: Callable[[str], Path], expected: Expected
 ) -> None:
