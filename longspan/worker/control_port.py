@@ -146,8 +146,9 @@ def listen(address: str, port: int) -> socket.socket:
             errno.EADDRINUSE: "another program listens there: give all nodes another master_port",
             errno.EADDRNOTAVAIL: "give the address of this host that the other nodes reach",
         }
+        reason = (error.strerror or "").partition(" (while")[0]  # which says the address again
         remedy = remedies.get(error.errno or 0, "")
         raise ConfigError(
             f"node 0 can't listen at master_addr={address!r}, master_port={port}: "
-            f"{error.strerror}; {remedy}".removesuffix("; ")
+            f"{reason}; {remedy}".removesuffix("; ")
         ) from None

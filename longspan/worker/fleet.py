@@ -32,7 +32,7 @@ def start_fleet(config: EngineConfig, spec: ModelSpec) -> Fleet:
         try:
             from longspan.worker.ray_executor import RayExecutor
         except ModuleNotFoundError as error:
-            if error.name != "ray":
+            if (error.name or "").partition(".")[0] != "ray":
                 raise
             raise ConfigError(
                 "distributed_executor_backend='ray' needs Ray; install it with: "

@@ -19,7 +19,7 @@ from longspan.topology import Topology
 from longspan.worker import rank as rank_process
 from longspan.worker.channel import Attach
 from longspan.worker.channel_executor import ChannelExecutor
-from longspan.worker.control_port import ControlPort
+from longspan.worker.control_port import PATIENCE_SECONDS, ControlPort
 from longspan.worker.handshake import Unwelcome, dial
 from longspan.worker.interface import interface_of
 
@@ -113,16 +113,15 @@ class _Actors:
         """
         [(kind, amount)] = bundle.items()
         needed = f"{num_ranks} ranks need {amount * num_ranks} {kind}s of the Ray cluster"
+        remedy = "lower context_parallel_size" + (" or set device='cpu'" if kind == "GPU" else "")
         if (found := _resources().get(kind, 0)) < amount * num_ranks:
-            raise ConfigError(
-                f"{needed}, which has {found:g}; lower context_parallel_size or add nodes to it"
-            )
+            raise ConfigError(f"{needed}, which has {found:g}; add nodes to it or {remedy}")
         self._group = placement_group([bundle] * num_ranks, strategy="PACK")
         if not self._group.wait(_PLACEMENT_SECONDS):
             free = ray.available_resources().get(kind, 0)
             raise ConfigError(
                 f"{needed}, {amount} together for each; of its {found:g}, {free:g} are free; end "
-                "what else runs there or lower context_parallel_size"
+                f"what else runs there or {remedy}"
             )
         places: dict[int, str] = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
         nodes = {node["NodeID"]: node for node in ray.nodes()}
@@ -151,7 +150,7 @@ class _Actors:
             actor.end = actor.handle.run.remote(rank, port.address, port.port, secret)
         for actor, pid in zip(self.placed, pids, strict=True):
             with contextlib.suppress(ray.exceptions.RayError):  # `lost` tells of it
-                actor.pid = ray.get(pid)
+                actor.pid = ray.get(pid, timeout=PATIENCE_SECONDS)
 
     def lost(self) -> LongspanError | None:
         ends = {actor.end: rank for rank, actor in enumerate(self.placed)}
@@ -168,7 +167,9 @@ class _Actors:
         except ray.exceptions.RayTaskError as error:
             return RankFailedError(f"{name} failed: {error.cause}")
         except ray.exceptions.RayError as error:
-            return RankFailedError(f"{name} died: {' '.join(str(error).split())}")
+            said = str(error)
+            said = said.partition("The actor is dead because ")[2] or said
+            return RankFailedError(f"{name} died: {' '.join(said.split())}")
         return RankFailedError(f"{name} ended")
 
     def stop(self) -> None:

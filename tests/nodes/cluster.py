@@ -33,8 +33,10 @@ def free_port() -> int:
 class NodeProgram:
     """`longspan serve` in a process of its own, whose temporary files are in `folder`."""
 
-    def __init__(self, model: Path, port: int, folder: Path, *arguments: str) -> None:
-        folder.mkdir(exist_ok=True)
+    def __init__(
+        self, model: Path, port: int, folder: Path, *arguments: str, secret: str = SECRET
+    ) -> None:
+        folder.mkdir()
         self.folder = folder
         self._said = folder.with_suffix(".said")
         with open(self._said, "wb") as said:
@@ -42,7 +44,7 @@ class NodeProgram:
                 [*SERVE, str(model), "--master-port", str(port), *arguments],
                 stdout=said,
                 stderr=said,
-                env={**os.environ, "LONGSPAN_SECRET": SECRET, "TMPDIR": str(folder)},
+                env={**os.environ, "LONGSPAN_SECRET": secret, "TMPDIR": str(folder)},
             )
 
     @property

@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
@@ -47,33 +49,57 @@ def executor(llm: LLM) -> ProcessExecutor:
     return llm.engine.executor
 
 
-def test_tokens_over_three_uneven_nodes_are_those_of_generate(model: Path, launch: Launch) -> None:
-    """Every strategy, one after the other, on the same four ranks."""
+def test_three_uneven_nodes(model: Path, launch: Launch, other_model: Path) -> None:
+    """Who may not join is told; the others compute the tokens of `generate`; Ctrl-C ends all."""
     port = cluster.free_port()
-    nodes = [launch(1, port, "--nnodes", "3", "--context-parallel-size-local", "2")]
-    nodes.append(launch(2, port, "--nnodes", "3", "--context-parallel-size-local", "1"))
-    prompts = [reference.prompt(length) for length in (1, 2, 65, 700)]
-    plain = reference.load(model)
-    expected = [reference.greedy(plain, prompt, 24) for prompt in prompts]
-    llm = start(
-        model, port, 4, 3, context_parallel_size_local=1, max_num_batched_tokens=100, page_size=8
-    )
-    with llm:
-        assert executor(llm).topology == Topology((0, 1, 1, 2), (0, 0, 0, 0))
-        pids = executor(llm).pids + [pid for node in nodes for pid in node.rank_pids()]
-        assert len(pids) == 4
-        for strategy in get_args(longspan.config.Strategy):
-            config = dataclasses.replace(llm.config, attention_strategy=strategy)
-            llm.engine = Engine(config, load_spec(config), executor(llm), None)
-            outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
-            assert [output.outputs[0].token_ids for output in outputs] == expected, strategy
-            assert len(llm.engine.traffic) >= 1, "ranks of other nodes have had a part in it"
+    with ThreadPoolExecutor(1) as thread:
+        options = {"context_parallel_size_local": 1, "max_num_batched_tokens": 100, "page_size": 8}
+        starting = thread.submit(start, model, port, 4, 3, **options)
+        stranger = launch(1, port, "--nnodes", "3", secret="another one that is long enough")
+        misled = launch(2, port, "--nnodes", "3", model=other_model)
+        assert (stranger.end(), misled.end()) == (1, 1)
+        assert stranger.lines[-1] == (
+            f"error: can't join node 0 at 127.0.0.1:{port}: it refuses this node: its "
+            "LONGSPAN_SECRET is not node 0's"
+        )
+        assert misled.lines[-1] == (
+            f"error: node 0 refuses this node: the config.json of its model='{other_model}' is not "
+            "that of node 0"
+        )
+        nodes = [
+            launch(rank, port, "--nnodes", "3", "--context-parallel-size-local", str(3 - rank))
+            for rank in (1, 2)
+        ]
+        llm = starting.result(cluster.PATIENCE_S)
+    assert executor(llm).topology == Topology((0, 1, 1, 2), (0, 0, 0, 0))
+    pids = executor(llm).pids + [pid for node in nodes for pid in node.rank_pids()]
+    assert len(pids) == 4
+    check_every_strategy(llm, model)
+
+    interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate({"prompt_token_ids": [7] * 3000}, LONG, use_tqdm=False)
+    interrupt.join()
     for number, node in enumerate(nodes, 1):
         assert node.end() == 0
         assert node.lines[-2].startswith(f"node {number}: lends rank")
         assert node.lines[-1] == f"node {number}: node 0 has ended, and so does this node"
         assert not list(node.folder.iterdir())
     wait_until_gone(pids)
+
+
+def check_every_strategy(llm: LLM, model: Path) -> None:
+    """One after the other, on the same ranks."""
+    prompts = [reference.prompt(length) for length in (1, 2, 65, 700)]
+    plain = reference.load(model)
+    expected = [reference.greedy(plain, prompt, 24) for prompt in prompts]
+    for strategy in get_args(longspan.config.Strategy):
+        config = dataclasses.replace(llm.config, attention_strategy=strategy)
+        llm.engine = Engine(config, load_spec(config), executor(llm), None)
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == expected, strategy
+        assert len(llm.engine.traffic) >= 1, "ranks of other nodes have had a part in it"
 
 
 def test_another_copy_s_weights_are_noticed(model: Path, launch: Launch, tmp_path: Path) -> None:
@@ -110,12 +136,6 @@ ENDS = {
         r"node 1 \(.+\) was lost: it was ended or can't be reached",
         "node 1: lends rank 1 of 2",
         -signal.SIGKILL,
-    ),
-    "a terminated node": (
-        lambda node: node.send(signal.SIGTERM),
-        r"node 1 \(.+\) was terminated",
-        "terminated",
-        143,
     ),
     "an interrupted node": (
         lambda node: node.send(signal.SIGINT),
@@ -157,10 +177,7 @@ llm.generate({{"prompt_token_ids": [7] * 3000}}, params)
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_the_end_of_the_engine_is_the_end_of_all(
-    model: Path, launch: Launch, tmp_path: Path, sent: signal.Signals
-) -> None:
+def test_a_killed_engine_is_the_end_of_all(model: Path, launch: Launch) -> None:
     port = cluster.free_port()
     node = launch(1, port, "--nnodes", "2")
     script = ENGINE.format(model=str(model), port=port, options=OPTIONS)
@@ -169,7 +186,7 @@ def test_the_end_of_the_engine_is_the_end_of_all(
     pids = [*map(int, engine.stdout.readline().split()), *node.rank_pids()]
     assert len(pids) == 2
     time.sleep(0.5)
-    engine.send_signal(sent)
+    engine.kill()
     engine.communicate(timeout=20)
     wait_until_gone(pids)
     assert node.end() == 0
@@ -177,11 +194,11 @@ def test_the_end_of_the_engine_is_the_end_of_all(
     assert not list(node.folder.iterdir())
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_node_that_waits_can_be_ended(launch: Launch, sent: signal.Signals, status: int) -> None:
+def test_nodes_that_wait_can_be_ended(launch: Launch) -> None:
     port = cluster.free_port()
-    node = launch(1, port, "--nnodes", "2")
-    node.wait_for(f"waiting for node 0 at 127.0.0.1:{port}")
-    node.send(sent)
-    assert node.end() == status
-    assert len(node.lines) == 2
+    nodes = [launch(rank, port, "--nnodes", "3") for rank in (1, 2)]
+    for node, sent, status in zip(nodes, (signal.SIGINT, signal.SIGTERM), (130, 143), strict=True):
+        node.wait_for(f"waiting for node 0 at 127.0.0.1:{port}")
+        node.send(sent)
+        assert node.end() == status
+        assert len(node.lines) == 2
