@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from longspan.config import EngineConfig
-from longspan.cost.devices import DEVICES, device_named
+from longspan.cost.devices import device_named
 from longspan.cost.explain import explain
 from longspan.cost.forecast import Forecast, Forecaster, seconds_of
 from longspan.cost.limits import LIMITS, without
@@ -14,7 +14,6 @@ from longspan.cost.model import CostModel
 from longspan.cost.rates import CUDA, LinkRates, Rates
 from longspan.cost.simulate import simulate
 from longspan.cost.trace import Arrival, Trace
-from longspan.errors import ConfigError
 from longspan.models import ModelSpec
 
 SPEC = ModelSpec(
@@ -143,6 +142,8 @@ def test_parts_of_a_choice_are_its_whole() -> None:
     for choice in choices:
         parts = choice.launches + choice.weights + choice.linear + choice.attention
         assert parts + choice.exchange - choice.hidden == pytest.approx(choice.total)
+        # No more is hidden than there is to hide, and to hide it behind.
+        assert choice.hidden <= min(choice.exchange, choice.attention) * (1 + 1e-9)
     for phase in ("prefill", "decode"):
         on_all = [c for c in choices if c.phase == phase and c.degree == 8]
         # More keys than gather-KV has room for, and one host.
@@ -160,7 +161,7 @@ def test_a_decode_step_on_two_ranks_by_hand() -> None:
     ]
     # 32 layers, 32 heads of 128: a query of 2 bytes a number goes, and comes back in float32 with
     # its lse; the home sends the query, and its 50,001 keys are read.
-    assert choice.bytes == 32 * 32 * 128 * 2
+    assert (choice.near_bytes, choice.far_bytes) == (32 * 32 * 128 * 2, 0)
     assert choice.attention == pytest.approx(50_001 * 131_072 / 3.84e12)
     assert choice.cached_tokens == 100_000
     assert choice.new_tokens == 1
@@ -168,24 +169,4 @@ def test_a_decode_step_on_two_ranks_by_hand() -> None:
 
 def test_degrees_that_lack_pages_are_no_choice() -> None:
     choices = explain(forecaster(8), 3 * PAGES * 16, 8)
-    assert {choice.degree for choice in choices} == {4, 8}
-
-
-# Devices
-
-
-def test_devices_are_found_by_name() -> None:
-    assert device_named("H200") is DEVICES["h200"]
-    with pytest.raises(ConfigError, match=r"^device='h20' is unknown; did you mean 'h200'\?$"):
-        device_named("h20")
-    with pytest.raises(ConfigError, match="known devices: a100-40, a100-80, h100, h200, b200"):
-        device_named("toaster")
-
-
-@pytest.mark.parametrize("name", DEVICES)
-def test_rates_are_below_what_vendors_say(name: str) -> None:
-    device = DEVICES[name]
-    for dtype in ("bfloat16", "float32"):
-        rates = device.rates(dtype)
-        assert 0 < rates.linear_flops <= device.flops(dtype)
-        assert 0 < rates.memory_bytes <= device.memory_rate
+    assert {choice.degree for choice in choices} == {3, 6, 8}
