@@ -14,7 +14,7 @@ __all__ = ["print_plan", "show_seconds"]
 
 _LEGEND = (
     "needs: fewest devices that hold it; ranks: those that one request is given;\n"
-    "prefill: strategy of its first and last chunk; limit: what takes most of the time"
+    "prefill: strategy of its first and last chunk; limit: what takes most time"
 )
 
 

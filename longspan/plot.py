@@ -59,12 +59,13 @@ def save_plot(plan: CapacityPlan, path: Path) -> None:
             axes.axhline(target, color=color, linestyle="--", label=f"target {_short(target)}")
         _mark_limits(plan, axes)
         axes.grid(True, which="major", alpha=0.3)
-        axes.legend(loc="upper left")
     if served:
         upper.set_yscale("log")
         upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         upper.yaxis.set_minor_formatter(NullFormatter())
-    lower.set_ylim(bottom=0)
+    lower.set_ylim(0, 1.05 * lower.get_ylim()[1])
+    upper.legend(loc="upper left")
+    lower.legend(loc="lower right")
     for axes in (upper, lower):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _short(seconds)))
     contexts = _labelled([row.context for row in plan.rows])

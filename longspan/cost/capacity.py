@@ -160,7 +160,7 @@ class Planner:
         return explain(forecaster, context, self._forecast(context, self.wanted.num_ranks).degree)
 
     def fewest(self, context: int) -> Fewest:
-        """The fewest devices for a context; for targets numbers are tried an eighth apart."""
+        """The fewest devices for a context; for targets numbers are tried a quarter apart."""
         wanted, least = self.wanted, self.devices_for(context)
         if not wanted.has_targets or least > MAX_DEVICES:
             return Fewest(least, wanted.ttft, wanted.tpot)
@@ -171,7 +171,7 @@ class Planner:
 
         tried, ranks = [least], least
         while missed(ranks) > 1 and ranks < MAX_DEVICES:
-            ranks = min(ranks + max(ranks // 8, 1), MAX_DEVICES)
+            ranks = min(ranks + max(ranks // 4, 1), MAX_DEVICES)
             tried.append(ranks)
         found = None
         if missed(ranks) <= 1:
@@ -238,11 +238,12 @@ class Planner:
 
     def _too_large(self, context: int) -> str:
         spec, device = self.spec, self.wanted.device
-        fitting = [
-            f"{self.devices_for(context, other):,} {other.name}"
+        fewest = sorted(
+            (self.devices_for(context, other), other.name)
             for other in DEVICES.values()
-            if self._pages_per_rank(other) >= 1
-        ]
+            if other.gpu == device.gpu and self._pages_per_rank(other) >= 1
+        )
+        fitting = [f"{count:,} {name}" for count, name in fewest[:3]]
         batch = "" if self.wanted.batch == 1 else f"{self.wanted.batch:,} x "
         remedy = (
             f"take larger devices: {' or '.join(fitting)} hold {batch}{show_tokens(context)} tokens"

@@ -123,6 +123,8 @@ class Forecaster:
             [chunk for degree in degrees for chunk in self.chunks(tokens, degree, len(degrees))]
             for degrees in kinds
         ]
+        if len(options) == 1:
+            return options[0]
         return max(options, key=lambda chunks: seconds_of(chunks, self.cost))
 
     def chunks(self, tokens: int, degree: int, num_prompts: int = 1) -> Iterator[Chunks]:

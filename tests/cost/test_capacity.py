@@ -107,7 +107,7 @@ def test_llama_70b_does_not_fit_an_h200(llama_70b: tuple[ModelSpec, int]) -> Non
     assert message == (
         f"model={spec.name!r} in bfloat16 needs 141.1 GB for weights, all of them on every rank, "
         "and device='h200' has 141 GB, of which 90% are filled. Longspan has no tensor "
-        "parallelism; take larger devices: 3 b200 or 2 mi300x hold 128K tokens"
+        "parallelism; take larger devices: 2 mi300x or 3 b200 hold 128K tokens"
     )
 
 

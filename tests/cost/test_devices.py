@@ -4,11 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from published import PARAMETERS, SHAPE, TIMES
 
 from longspan.cost.calibration import Calibration
 from longspan.cost.devices import DEVICES, device_named, planned_device
+from longspan.cost.model import CostModel
 from longspan.cost.rates import CPU_THREAD, LinkRates
 from longspan.errors import ConfigError
+from longspan.topology import Topology
 
 
 def saved(folder: Path, device: str = "AVX512 CPU") -> str:
@@ -45,6 +48,25 @@ def test_rates_are_a_part_of_what_vendors_say() -> None:
     assert half.hop("host").bytes == 0.65 * 450e9
     assert half.hop("network").bytes == half.exchange("network").bytes == 0.52 * 50e9
     assert device_named("h200").rates("bfloat16") == half
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tokens", "error"),
+    [
+        (1, 128_000, 0.032),
+        (2, 128_000, 0.031),
+        (4, 128_000, -0.007),
+        (8, 128_000, -0.067),
+        (16, 128_000, -0.276),
+        (16, 1_000_000, 0.014),
+    ],
+)
+def test_what_is_assumed_against_what_was_published(ranks: int, tokens: int, error: float) -> None:
+    """Llama-3 405B on nodes of 8 H100, in one step; none of these times went into the figures."""
+    hosts = Topology.of_hosts([1] * ranks)
+    cost = CostModel(SHAPE, PARAMETERS, device_named("h100").rates("bfloat16"), hosts)
+    seconds = cost.base_seconds + cost.prefill_seconds(tokens, 0, ranks)
+    assert seconds / TIMES[ranks, tokens] - 1 == pytest.approx(error, abs=0.002)
 
 
 def test_memory_can_be_told() -> None:

@@ -10,11 +10,12 @@ from longspan.cost.devices import device_named
 from longspan.cost.explain import explain
 from longspan.cost.forecast import Forecast, Forecaster, seconds_of
 from longspan.cost.limits import LIMITS, without
-from longspan.cost.model import CostModel
+from longspan.cost.model import ONE_HOST, CostModel
 from longspan.cost.rates import CUDA, LinkRates, Rates
 from longspan.cost.simulate import simulate
 from longspan.cost.trace import Arrival, Trace
 from longspan.models import ModelSpec
+from longspan.topology import Topology
 
 SPEC = ModelSpec(
     name="8b",
@@ -34,18 +35,22 @@ H200 = device_named("h200").rates("bfloat16")
 FAR = device_named("l40s").rates("bfloat16")
 
 
-def forecaster(ranks: int, rates: Rates = H200, **options: object) -> Forecaster:
+def forecaster(
+    ranks: int, rates: Rates = H200, topology: Topology = ONE_HOST, **options: object
+) -> Forecaster:
     config = EngineConfig(
         model="8b", context_parallel_size=ranks, enable_prefix_caching=False, **options
     )
-    return Forecaster(partial(CostModel.of, SPEC), rates, config, PAGES)
+    return Forecaster(partial(CostModel.of, SPEC, topology=topology), rates, config, PAGES)
 
 
-def simulated(tokens: int, ranks: int, batch: int, rates: Rates) -> list[tuple[float, float, int]]:
+def simulated(
+    tokens: int, ranks: int, batch: int, rates: Rates, topology: Topology = ONE_HOST
+) -> list[tuple[float, float, int]]:
     """TTFT, TPOT and degree of each of a batch that comes at once, served step by step."""
     trace = Trace(Arrival(time=0.0, prompt=tokens, output_tokens=9) for _ in range(batch))
     config = forecaster(ranks).config
-    result = simulate(trace, config, SPEC, [PAGES] * ranks, rates)
+    result = simulate(trace, config, SPEC, [PAGES] * ranks, rates, topology)
     found = []
     for one in result.requests:
         assert one.ttft is not None
@@ -67,6 +72,16 @@ def test_a_forecast_is_what_the_engine_would_do(
     assert found.ttft == pytest.approx(max(ttft for ttft, _, _ in served), rel=0.03)
     assert found.tpot == pytest.approx(max(tpot for _, tpot, _ in served), rel=0.03)
     assert found.degree == max(degree for _, _, degree in served)
+
+
+@pytest.mark.parametrize(("tokens", "ranks", "batch"), [(131_072, 8, 1), (900_000, 11, 1)])
+def test_a_forecast_over_hosts(tokens: int, ranks: int, batch: int) -> None:
+    hosts = Topology.of_hosts([4, 4, 3])
+    served = simulated(tokens, ranks, batch, H200, hosts)
+    found = forecaster(ranks, H200, hosts).forecast(tokens, batch)
+    assert found.ttft == pytest.approx(max(ttft for ttft, _, _ in served), rel=0.03)
+    assert found.tpot == pytest.approx(max(tpot for _, tpot, _ in served), rel=0.03)
+    assert found.degree == ranks
 
 
 @pytest.mark.parametrize(("tokens", "ranks", "batch"), [(60_000, 2, 12), (90_000, 6, 4)])
