@@ -12,6 +12,12 @@ from longspan.token_count import show_tokens
 __all__ = ["print_plan", "show_seconds"]
 
 
+_LEGEND = (
+    "needs: fewest devices that hold it; ranks: those that one request is given;\n"
+    "prefill: strategy of its first and last chunk; limit: what takes most time"
+)
+
+
 def show_seconds(seconds: float) -> str:
     """Three digits, in the unit that a person would take."""
     for most, unit, size in ((1, "ms", 1e-3), (600, "s", 1.0), (7200, "min", 60.0)):
@@ -26,6 +32,7 @@ def print_plan(plan: CapacityPlan, console: Console, explained: bool) -> None:
         console.print(line, highlight=False)
     console.print()
     console.print(_rows(plan.rows))
+    console.print(_LEGEND, highlight=False, style="dim")
     console.print()
     console.print(_fewest(plan), highlight=False)
     if explained:
@@ -55,7 +62,8 @@ def _lines(plan: CapacityPlan) -> Iterable[str]:
 
 
 def _rows(rows: Iterable[Row]) -> Table:
-    table = _table("context", "needs", "ranks", "TTFT", "limit", "prefill", "TPOT", "limit")
+    names = "context", "needs", "ranks", "TTFT", "limit", "prefill", "TPOT", "limit", "decode"
+    table = _table(*names)
     for row in rows:
         length = show_tokens(row.context), f"{row.devices:,}"
         if row.ttft is None or row.tpot is None or row.ttft_limit is None:
@@ -69,6 +77,7 @@ def _rows(rows: Iterable[Row]) -> Table:
                 ", ".join(row.prefill_strategies),
                 show_seconds(row.tpot),
                 row.tpot_limit,
+                row.decode_strategy,
             )
     return table
 
@@ -80,7 +89,10 @@ def _fewest(plan: CapacityPlan) -> str:
     text = f"Fewest {name} for {length}: {fewest.for_memory:,} by memory"
     if fewest.nearest is None or fewest.ttft is None or fewest.tpot is None:
         return f"{text}."
-    reached = f"TTFT {show_seconds(fewest.ttft)}, TPOT {show_seconds(fewest.tpot)}"
+    reached = (
+        f"TTFT {show_seconds(fewest.ttft)}, limited by {fewest.ttft_limit}; "
+        f"TPOT {show_seconds(fewest.tpot)}, by {fewest.tpot_limit}"
+    )
     if fewest.for_targets is not None:
         return f"{text}, {fewest.for_targets:,} for {_targets(fewest)} ({reached})."
     return (
@@ -97,18 +109,32 @@ def _targets(fewest: Fewest) -> str:
 def _print_choices(plan: CapacityPlan, console: Console) -> None:
     length = show_tokens(plan.context)
     if not plan.choices:
-        console.print(f"\nNothing to explain: {length} does not fit.")
+        console.print(f"\nNothing to explain: {length} does not fit.", highlight=False)
+        return
+    ttft = {one.degree: show_seconds(one.ttft) for one in plan.choices if one.ttft is not None}
+    taken = next(one.degree for one in plan.choices if one.chosen)
+    text = ", ".join(f"{ranks}{'*' * (ranks == taken)}: {time}" for ranks, time in ttft.items())
+    console.print(
+        f"\nTTFT of one request of {length} by its ranks, * is taken: {text}. Twice the ranks are "
+        "taken where it comes 1.5 times sooner by them, up to a request's part of them in a batch.",
+        highlight=False,
+    )
     for phase in ("prefill", "decode"):
-        if choices := [choice for choice in plan.choices if choice.phase == phase]:
-            title = f"A {phase} step of one request at {length}: ms of its busiest rank, * is taken"
-            console.print(f"\n[bold]{title}[/bold]", highlight=False)
-            console.print(_choices(choices))
+        choices = [choice for choice in plan.choices if choice.phase == phase]
+        step = f"Its last {phase} step" if phase == "decode" else "Its last full prefill step"
+        console.print(f"\n[bold]{step}: ms of the busiest rank[/bold]", highlight=False)
+        console.print(_choices(choices))
+    console.print(
+        "fixed (launches, reading weights) + linear + attend + send - hidden = total;\n"
+        "near and far: what the rank sends inside its host and to others",
+        highlight=False,
+        style="dim",
+    )
 
 
 def _choices(choices: Sequence[Choice]) -> Table:
-    names = ("ranks", "strategy", "tokens", "fixed", "linear", "attend", "send", "hidden")
-    of_prompts = choices[0].ttft is not None
-    table = _table(*names, "total", "MB", *(("TTFT",) if of_prompts else ()))
+    names = "ranks", "strategy", "tokens", "fixed", "linear", "attend", "send", "hidden", "total"
+    table = _table(*names, "near", "far")
     for choice in choices:
         parts = (
             choice.launches + choice.weights,
@@ -123,17 +149,24 @@ def _choices(choices: Sequence[Choice]) -> Table:
             f"{choice.strategy}{'*' if choice.chosen else ''}",
             f"{choice.new_tokens}",
             *(_three_digits(part * 1e3) for part in parts),
-            _three_digits(choice.bytes / 1e6),
-            *(() if choice.ttft is None else (show_seconds(choice.ttft),)),
+            _show_bytes(choice.near_bytes),
+            _show_bytes(choice.far_bytes),
             style="bold" if choice.chosen else "",
         )
     return table
 
 
+def _show_bytes(number: int) -> str:
+    for unit, size in (("KB", 1e3), ("MB", 1e6), ("GB", 1e9)):
+        if number < 1000 * size:
+            return f"{_three_digits(number / size)} {unit}" if number else "0"
+    return f"{_three_digits(number / 1e12)} TB"
+
+
 def _table(*names: str) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in names:
-        left = name in ("limit", "prefill", "strategy")
+        left = name in ("limit", "prefill", "decode", "strategy")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     return table
 

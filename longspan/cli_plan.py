@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.config import Dtype, EngineConfig
-from longspan.cost.devices import DEVICES, device_named
+from longspan.cost.devices import DEVICES, planned_device
 from longspan.errors import ConfigError, LongspanError
 from longspan.token_count import parse_tokens
 
@@ -30,6 +30,19 @@ class PlanOptions:
     model: str = dataclasses.field(
         metadata={"help": "A config.json, a folder with one, or a model's id on the hub."}
     )
+    device: str | None = _option(
+        None, f"Kind of device, by its vendor's figures: {', '.join(DEVICES)}."
+    )
+    calibration: str | None = _option(
+        None,
+        "File that 'longspan calibrate' made: rates as measured, instead of the vendor's. Needs "
+        "--memory or --device.",
+    )
+    memory: float | None = _option(
+        None,
+        "GB (10^9 bytes) of memory of each device, instead of what its kind has; on CPUs what is "
+        "free for each rank.",
+    )
     count: int = _option(8, "Devices in each node; each is one rank.")
     nodes: int = _option(1, "Nodes (hosts).")
     context: str | None = _option(
@@ -44,7 +57,6 @@ class PlanOptions:
 
 
 def plan(
-    device: Annotated[str, typer.Option(help=f"Kind of device: {', '.join(DEVICES)}.")],
     explain: Annotated[
         bool,
         typer.Option("--explain", help="Show the numbers behind the choice of ranks and strategy."),
@@ -60,14 +72,15 @@ def plan(
     """Plan capacity from a model's config.
 
     Tells what fits, how long the first token and each further one will take, the fewest devices
-    that serve the context and batch, and what limits. Weights are not needed. Times are predicted
-    from vendors' figures and the part of them that is assumed to be reached: no GPU was measured.
+    that serve the context and batch, and what limits. Weights are not needed. Times are predicted:
+    from a calibration, or from vendors' figures and the part of them that is assumed to be reached;
+    no GPU was measured.
     """
     if plot is not None:
         from longspan.plot import check_plot, save_plot
 
         check_plot(plot)
-    answer = _answer(device, options)
+    answer = _answer(options)
     if plot is not None:
         save_plot(answer, plot)
     if json:
@@ -80,12 +93,12 @@ def plan(
         print_plan(answer, Console(), explain)
 
 
-def _answer(device: str, options: PlanOptions) -> "CapacityPlan":
+def _answer(options: PlanOptions) -> "CapacityPlan":
     from longspan.cost.capacity import Planner, Wanted
 
     context = None if options.context is None else parse_tokens("context", options.context)
     wanted = Wanted(
-        device=device_named(device),
+        device=planned_device(options.device, options.calibration, options.memory),
         count=options.count,
         nodes=options.nodes,
         batch=options.batch,
@@ -102,9 +115,11 @@ def _read(model: str, dtype: Dtype, context: int | None) -> tuple["ModelSpec", i
 
     try:
         spec, num_parameters = read_spec(EngineConfig(model=model, dtype=dtype))
-    except LongspanError:
-        if context is None:
+    except LongspanError as error:
+        if "max_model_len" not in str(error):
             raise
+        if context is None:
+            raise type(error)(str(error).replace("max_model_len", "context")) from None
         return read_spec(EngineConfig(model=model, dtype=dtype, max_model_len=context))
     if context is not None and context > spec.max_model_len:
         raise ConfigError(

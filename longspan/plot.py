@@ -34,7 +34,7 @@ def check_plot(path: Path) -> None:
 
 
 def save_plot(plan: CapacityPlan, path: Path) -> None:
-    """Draw TTFT and TPOT against context length, on logarithmic axes, and save it as a PNG.
+    """Draw TTFT (on a logarithmic axis) and TPOT against context length, and save it as a PNG.
 
     Dashed lines are targets. Shaded is what does not fit; a dotted line is the model's own limit.
 
@@ -53,18 +53,22 @@ def save_plot(plan: CapacityPlan, path: Path) -> None:
         (lower, "TPOT", _TPOT, [row.tpot for row in served], plan.fewest.tpot_target),
     ):
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.plot(lengths, values, "o-", color=color, label=name)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _short(seconds)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel(name)
         if target is not None:
-            axes.axhline(target, color=color, linestyle="--", label=f"target {target:g} s")
+            axes.axhline(target, color=color, linestyle="--", label=f"target {_short(target)}")
         _mark_limits(plan, axes)
         axes.grid(True, which="major", alpha=0.3)
-        axes.legend(loc="lower right")
-    contexts = [row.context for row in plan.rows]
+    if served:
+        upper.set_yscale("log")
+        upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        upper.yaxis.set_minor_formatter(NullFormatter())
+    lower.set_ylim(0, 1.05 * lower.get_ylim()[1])
+    upper.legend(loc="upper left")
+    lower.legend(loc="lower right")
+    for axes in (upper, lower):
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: _short(seconds)))
+    contexts = _labelled([row.context for row in plan.rows])
     lower.set_xticks(contexts, [show_tokens(length) for length in contexts])
     lower.xaxis.set_minor_locator(NullLocator())
     lower.xaxis.set_minor_formatter(NullFormatter())
@@ -77,7 +81,13 @@ def save_plot(plan: CapacityPlan, path: Path) -> None:
 
 
 def _short(seconds: float) -> str:
-    return f"{seconds:g} s" if seconds >= 1 else f"{seconds * 1000:g} ms"
+    return f"{seconds:g} s" if seconds >= 1 or not seconds else f"{seconds * 1000:g} ms"
+
+
+def _labelled(contexts: list[int]) -> list[int]:
+    """All lengths but the last one of the ladder, if its label would meet that of the end."""
+    *ladder, longest = contexts
+    return [length for length in ladder if 1.6 * length < longest] + [longest]
 
 
 def _mark_limits(plan: CapacityPlan, axes: "Axes") -> None:
@@ -101,7 +111,8 @@ def _mark_limits(plan: CapacityPlan, axes: "Axes") -> None:
 
 def _title(plan: CapacityPlan) -> str:
     nodes = "" if plan.nodes == 1 else f"{plan.nodes} x "
+    source = "measured rates" if plan.device.calibration else "assumed rates"
     return (
         f"{Path(plan.model).name} in {plan.dtype} on {nodes}{plan.devices_per_node} "
-        f"{plan.device.name}, {plan.batch} at once: predicted, not measured"
+        f"{plan.device.name}, {plan.batch} at once: predicted from {source}"
     )

@@ -55,6 +55,7 @@ MAY_IMPORT = {
     ),
     "longspan.cost.capacity": (
         "longspan.cost",
+        "longspan.token_count",
         "longspan.topology",
         "longspan.errors",
         "longspan.config",

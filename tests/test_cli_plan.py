@@ -4,6 +4,7 @@ import json
 import re
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from longspan.cli import app
+from longspan.cost.calibration import Calibration
 from longspan.cost.capacity_plan import CapacityPlan
 from longspan.cost.devices import DEVICES
+from longspan.cost.rates import CPU_THREAD, LinkRates
+from longspan.topology import Link
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -71,12 +75,12 @@ def test_the_table(model: Path) -> None:
     assert "1,048,576 tokens in each of 4 requests" in text
     assert "Fewest h200 for 4 x 1M (549.8 GB of KV): 5 by memory, 5 for TTFT <= 1000 s" in text
     assert "own limit of 1,048,576 tokens is less than the 3,382,528 that fit" in text
-    assert "No h200 was measured." in text
+    assert "No h200 was measured, and Longspan's own attention on GPUs" in text
     rows = [line.split() for line in lines if re.match(r" +\d+[KM] ", line)]
     assert [row[0] for row in rows] == [
         *("1K", "2K", "4K", "8K", "16K", "32K", "64K", "128K", "256K", "512K", "1M")
     ]
-    assert "strategy" not in text
+    assert "fixed" not in text, "nothing is explained"
 
 
 def test_what_does_not_fit_is_shown(model: Path) -> None:
@@ -91,8 +95,11 @@ def test_choices_are_explained(model: Path) -> None:
     done = plan(model, "--device", "h200", "--count", 4, "--context", "128K", "--explain")
     assert done.exit_code == 0, done.output
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
-    assert "A prefill step of one request at 128K" in done.stdout
-    assert "A decode step of one request at 128K" in done.stdout
+    assert "Its last full prefill step" in done.stdout
+    assert "Its last decode step" in done.stdout
+    assert re.search(
+        r"TTFT of one request of 128K by its ranks, .*: 1: .*, 2: .*, 4\*:", done.stdout
+    )
     taken = [line.split() for line in done.stdout.splitlines() if "*" in line.split(" is ")[0]]
     marked = [words for words in taken if words[0].isdigit()]
     assert len(marked) == 2, "one for prefill and one for decode"
@@ -123,7 +130,60 @@ def test_up_to_its_window_a_model_is_planned(tmp_path: Path) -> None:
     folder = write(tmp_path / "windowed", **fields, sliding_window=4096)
     assert answer(folder, "--device", "h200", "--context", "4K").max_model_len == 4096
     assert "see only 4096 tokens" in refusal(folder, "--device", "h200", "--context", "5K")
-    assert "set max_model_len<=4096" in refusal(folder, "--device", "h200")
+    assert "set context<=4096" in refusal(folder, "--device", "h200")
+
+
+# A calibration
+
+
+def calibrated(folder: Path, device: str, links: dict[Link, LinkRates]) -> Path:
+    """A file of `longspan calibrate`, of ranks 100 times as fast as a CPU's thread."""
+    rates = replace(CPU_THREAD.of_threads(100), links=links)
+    calibration = Calibration(
+        date="2026-01-02T03:04:05+00:00",
+        device=device,
+        torch="2.13.0",
+        model="tiny",
+        ranks_per_host=(2, 2),
+        rates=rates,
+        samples=(),
+    )
+    calibration.save(folder / "rates.json")
+    return folder / "rates.json"
+
+
+def test_a_calibration_is_planned_with(model: Path, tmp_path: Path) -> None:
+    near, far = LinkRates(1e-4, 2e9), LinkRates(3e-4, 1e8)
+    file = calibrated(tmp_path, "NVIDIA H200", {"host": near, "network": far})
+    arguments = ("--calibration", file, "--context", "512K", "--nodes", 2, "--count", 2)
+    found = answer(model, *arguments, "--memory", 50)
+    assert found.device.name == "NVIDIA H200"
+    assert found.device.rates == Calibration.load(file).rates
+    # 90 % of 50 GB less 16.06 are 13,799 pages; 32,768 need three devices: so two hosts.
+    assert found.rows[-1].devices == 3
+    assert len(found.notes) == 1
+    assert found.notes[0].startswith(f"Times are predicted from {file}: NVIDIA H200, 2 + 2 ranks")
+    # 524,288 tokens of 2 x 6.98e9 operations at 9e12 a second are 407 s of four ranks.
+    ttft = found.rows[-1].ttft
+    assert ttft is not None
+    assert ttft > 2 * 6_979_588_096 * 524_288 / 9e12 / 4
+    # With the memory of a kind of device one rank has room.
+    assert answer(model, *arguments, "--device", "h200").rows[-1].devices == 1
+
+
+def test_links_that_a_calibration_lacks_are_named(model: Path, tmp_path: Path) -> None:
+    """CPU ranks of one host share a device, as far as links go."""
+    file = calibrated(tmp_path, "AVX512 CPU", {"device": LinkRates(1e-9, 1e15)})
+    arguments = (model, "--calibration", file, "--memory", 40, "--context", "64K", "--count", 2)
+    unknown = "It knows no link between hosts; one of TCP over 25 GbE is assumed."
+    near, far = answer(*arguments), answer(*arguments, "--nodes", 2)
+    assert unknown not in near.notes
+    assert unknown in far.notes
+    [near_ring, _] = [choice for choice in near.choices if choice.degree == 2][:2]
+    assert near_ring.exchange == pytest.approx(32 * 1e-9 + near_ring.near_bytes / 1e15)
+    alone = calibrated(tmp_path, "AVX512 CPU", {})
+    assert alone == file
+    assert "It knows no link inside a host; one of TCP" in " ".join(answer(*arguments).notes)
 
 
 # The plot
@@ -131,7 +191,8 @@ def test_up_to_its_window_a_model_is_planned(tmp_path: Path) -> None:
 
 def test_the_plot_is_a_png(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.png"
-    done = plan(model, "--device", "l40s", "--count", 8, "--ttft", 60, "--plot", file, "--json")
+    arguments = ("--device", "l40s", "--context", "100K", "--batch", 16, "--ttft", 20)
+    done = plan(model, *arguments, "--plot", file, "--json")
     assert done.exit_code == 0, done.output
     data = file.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -175,6 +236,9 @@ def test_a_plot_that_cannot_be_written(
     ("arguments", "complaint"),
     [
         (("--device", "h20"), "device='h20' is unknown; did you mean 'h200'?"),
+        ((), "device or calibration must be given"),
+        (("--calibration", "no.json", "--memory", 80), "calibration='no.json' can't be read"),
+        (("--device", "h200", "--memory", -1), "memory=-1.0 must be above 0 GB"),
         (("--device", "h200", "--count", 0), "count=0 must be at least 1"),
         (("--device", "h200", "--nodes", 0), "nodes=0 must be at least 1"),
         (("--device", "h200", "--batch", -3), "batch=-3 must be at least 1"),
@@ -193,8 +257,7 @@ def test_wrong_options(model: Path, arguments: tuple[object, ...], complaint: st
 def test_weights_that_no_device_holds(tmp_path: Path) -> None:
     folder = write(tmp_path / "large", num_hidden_layers=1000)
     line = refusal(folder, "--device", "b200")
-    assert "not servable without tensor parallelism, which Longspan has not" in line
-    assert line.endswith("it fits no known device")
+    assert line.endswith("Longspan has no tensor parallelism; no known device is large enough")
 
 
 def test_models_that_cannot_be_planned(tmp_path: Path) -> None:

@@ -4,18 +4,17 @@ import msgspec
 
 from longspan.cost.explain import Choice
 from longspan.cost.limits import Limit
+from longspan.cost.rates import Rates
 from longspan.plan import Strategy
 
 
 class DeviceFigures(msgspec.Struct, frozen=True):
-    """One device as its vendor describes it: bytes, and per second operations and bytes one way."""
+    """One device, and the rates that times are predicted from; the file they are from, if any."""
 
     name: str
     memory_bytes: int
-    flops: float
-    memory_rate: float
-    host_link: float
-    network: float
+    calibration: str | None
+    rates: Rates
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -43,7 +42,8 @@ class Fewest(msgspec.Struct, frozen=True):
     """The fewest devices for the context and batch: by memory, and for the targets in seconds.
 
     `for_targets` is None without targets, and if no number of devices up to `searched` meets them.
-    `ttft` and `tpot` are those of `for_targets`, or else of the number that comes nearest.
+    `ttft` and `tpot` and what limits them are those of `for_targets`, or else of the number that
+    comes nearest.
     """
 
     for_memory: int
@@ -53,7 +53,9 @@ class Fewest(msgspec.Struct, frozen=True):
     searched: int | None = None
     nearest: int | None = None
     ttft: float | None = None
+    ttft_limit: Limit | None = None
     tpot: float | None = None
+    tpot_limit: Limit | None = None
 
 
 class CapacityPlan(msgspec.Struct, frozen=True):

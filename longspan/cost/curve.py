@@ -23,7 +23,7 @@ class Curve(NamedTuple):
         return 2 * rest / (self.slope + sqrt(self.slope * self.slope + 4 * self.square * rest))
 
     def plus(self, other: Self) -> "Curve":
-        return Curve(*(one + more for one, more in zip(self, other, strict=True)))
+        return Curve(self[0] + other[0], self[1] + other[1], self[2] + other[2])
 
     def times(self, factor: float) -> "Curve":
-        return Curve(*(factor * one for one in self))
+        return Curve(factor * self[0], factor * self[1], factor * self[2])

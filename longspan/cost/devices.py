@@ -1,12 +1,14 @@
-"""What kinds of devices have and do: vendors' figures, and the part of them that is assumed.
+"""What devices have and do: vendors' figures and the part of them that is assumed, or measured.
 
 No GPU was measured for this table. Memory is in vendors' gigabytes of 10^9 bytes, rates are a
 second's: dense (not sparse) floating point operations, bytes one way.
 """
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
+from longspan.cost.calibration import Calibration
 from longspan.cost.rates import CPU_THREAD, LinkRates, Rates
 from longspan.errors import ConfigError
 
@@ -38,45 +40,64 @@ ALL_TO_ALL_SECONDS = 80e-6
 """A small all-to-all between servers: the same table."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One kind of device, as its vendor describes it.
+    """One device, which is one rank: bytes of memory, and what it and its links do.
 
-    `half_flops` are those in bfloat16 and float16 with tensor cores, `float32_flops` those without.
-    `host_link` joins two devices of one host, `network` is a device's part of its host's network.
-    `gpu` tells which part of its memory an engine fills by default.
+    `half` is with numbers of bfloat16 or float16, `single` with float32. `source` says where that
+    is from, `calibration` from which file if any; `gpu`, which part of its memory an engine fills.
     """
 
     name: str
     memory_bytes: float
-    half_flops: float
-    float32_flops: float
-    memory_rate: float
-    host_link: float
-    network: float
+    half: Rates
+    single: Rates
+    source: str
     gpu: bool = True
-
-    def flops(self, dtype: str) -> float:
-        """Its vendor's operations a second with numbers of this type."""
-        return self.float32_flops if dtype == "float32" else self.half_flops
+    calibration: str | None = None
 
     def rates(self, dtype: str) -> Rates:
-        """What it and its links are assumed to do with numbers of this type."""
-        if not self.gpu:
-            return CPU_THREAD.of_threads(CPU_THREADS)
+        """What it and its links do with numbers of this type."""
+        return self.single if dtype == "float32" else self.half
+
+
+def _gpu(
+    name: str,
+    memory_bytes: float,
+    half_flops: float,
+    single_flops: float,
+    memory_rate: float,
+    host_link: float,
+    network: float,
+) -> Device:
+    """A GPU as its vendor describes it: operations with tensor cores in half precision, without in
+    single; bytes from memory, to another device of its host, and its part of the host's network."""
+
+    def assumed(flops: float) -> Rates:
+        far = NETWORK_PART * network
         return Rates(
             step_seconds=STEP_SECONDS,
-            linear_flops=FLOPS_PART * self.flops(dtype),
-            attention_flops=FLOPS_PART * self.flops(dtype),
-            memory_bytes=MEMORY_PART * self.memory_rate,
+            linear_flops=FLOPS_PART * flops,
+            attention_flops=FLOPS_PART * flops,
+            memory_bytes=MEMORY_PART * memory_rate,
             links={
-                "host": LinkRates(HOST_LINK_SECONDS, HOST_LINK_PART * self.host_link),
-                "network": LinkRates(NETWORK_SECONDS, NETWORK_PART * self.network),
+                "host": LinkRates(HOST_LINK_SECONDS, HOST_LINK_PART * host_link),
+                "network": LinkRates(NETWORK_SECONDS, far),
             },
-            all_to_all={
-                "network": LinkRates(ALL_TO_ALL_SECONDS, NETWORK_PART * self.network),
-            },
+            all_to_all={"network": LinkRates(ALL_TO_ALL_SECONDS, far)},
         )
+
+    return Device(
+        name=name,
+        memory_bytes=memory_bytes,
+        half=assumed(half_flops),
+        single=assumed(single_flops),
+        source=(
+            "Times are predicted from what vendors say of a device and the part of it that a good "
+            f"kernel is assumed to reach. No {name} was measured, and Longspan's own attention on "
+            "GPUs is for now a plain reference that is slower."
+        ),
+    )
 
 
 CPU_THREADS = 16
@@ -88,30 +109,31 @@ _HDR, _NDR = 25e9, 50e9  # InfiniBand of 200 and 400 Gb/s
 
 _DEVICES = (
     # NVIDIA A100 datasheet (SXM); DGX A100 has one 200 Gb/s port for each GPU.
-    Device("a100-40", 40e9, 312e12, 19.5e12, 1.555e12, _NVLINK_3, _HDR),
-    Device("a100-80", 80e9, 312e12, 19.5e12, 2.039e12, _NVLINK_3, _HDR),
+    _gpu("a100-40", 40e9, 312e12, 19.5e12, 1.555e12, _NVLINK_3, _HDR),
+    _gpu("a100-80", 80e9, 312e12, 19.5e12, 2.039e12, _NVLINK_3, _HDR),
     # NVIDIA H100 and H200 datasheets (SXM); bfloat16 is 1,979e12 with sparsity. DGX H100 and H200
     # have one 400 Gb/s port for each GPU.
-    Device("h100", 80e9, 989e12, 67e12, 3.35e12, _NVLINK_4, _NDR),
-    Device("h200", 141e9, 989e12, 67e12, 4.8e12, _NVLINK_4, _NDR),
+    _gpu("h100", 80e9, 989e12, 67e12, 3.35e12, _NVLINK_4, _NDR),
+    _gpu("h200", 141e9, 989e12, 67e12, 4.8e12, _NVLINK_4, _NDR),
     # NVIDIA Blackwell architecture brief, HGX B200 at 1,000 W; DGX B200: 1,440 GB of 8 GPUs, and
     # one 400 Gb/s port for each.
-    Device("b200", 180e9, 2250e12, 80e12, 8e12, _NVLINK_5, _NDR),
+    _gpu("b200", 180e9, 2250e12, 80e12, 8e12, _NVLINK_5, _NDR),
     # NVIDIA L40S datasheet; it has no NVLink. One 100 Gb/s port for each is an assumption.
-    Device("l40s", 48e9, 362e12, 91.6e12, 0.864e12, _PCIE_4, 12.5e9),
+    _gpu("l40s", 48e9, 362e12, 91.6e12, 0.864e12, _PCIE_4, 12.5e9),
     # AMD Instinct MI300X data sheet. Two of a host's devices are joined by one Infinity Fabric
     # link, 128e9 bytes/s both ways; a ring uses one, an all-to-all seven. 400 Gb/s for each is an
     # assumption. Longspan was not tried on ROCm.
-    Device("mi300x", 192e9, 1307e12, 163.4e12, 5.3e12, 64e9, _NDR),
-    # Threads as `CPU_THREAD` was measured; in half precision attention is computed in float32.
+    _gpu("mi300x", 192e9, 1307e12, 163.4e12, 5.3e12, 64e9, _NDR),
+    # In half precision attention is computed in float32.
     Device(
-        "cpu",
-        64e9,
-        CPU_THREADS * CPU_THREAD.linear_flops,
-        CPU_THREADS * CPU_THREAD.linear_flops,
-        CPU_THREADS * CPU_THREAD.memory_bytes,
-        CPU_THREAD.hop("host").bytes,
-        CPU_THREAD.hop("network").bytes,
+        name="cpu",
+        memory_bytes=64e9,
+        half=CPU_THREAD.of_threads(CPU_THREADS),
+        single=CPU_THREAD.of_threads(CPU_THREADS),
+        source=(
+            f"Times are predicted for {CPU_THREADS} threads, as if each did what one was measured "
+            "to do alone."
+        ),
         gpu=False,
     ),
 )
@@ -130,3 +152,51 @@ def device_named(name: str) -> Device:
     near = difflib.get_close_matches(name.lower(), DEVICES, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known devices: {', '.join(DEVICES)}"
     raise ConfigError(f"device={name!r} is unknown; {hint}")
+
+
+def planned_device(name: str | None, calibration: str | None, memory_gb: float | None) -> Device:
+    """What each rank is planned with: a kind of device, or what a fleet measured of its own.
+
+    A calibration's rates are taken instead of the vendor's; it does not tell how much memory there
+    is, so that is the kind's, or as given.
+
+    Raises:
+        ConfigError: too little is given, or it contradicts itself; the file can't be read.
+    """
+    if memory_gb is not None and not 0 < memory_gb < inf:
+        raise ConfigError(f"memory={memory_gb} must be above 0 GB")
+    device = None if name is None else device_named(name)
+    if calibration is not None:
+        device = _measured(device, calibration, memory_gb)
+    if device is None:
+        raise ConfigError(f"device or calibration must be given; devices: {', '.join(DEVICES)}")
+    return device if memory_gb is None else replace(device, memory_bytes=memory_gb * 1e9)
+
+
+def _measured(device: Device | None, file: str, memory_gb: float | None) -> Device:
+    measured = Calibration.load(file)
+    gpu = not measured.device.endswith("CPU")
+    if device is not None and device.gpu != gpu:
+        raise ConfigError(
+            f"device={device.name!r} contradicts calibration={file!r}, which was measured on "
+            f"{measured.device!r}; leave device out and give memory"
+        )
+    if device is None and memory_gb is None:
+        raise ConfigError(
+            f"calibration={file!r} does not tell how much memory a device has; give memory (GB), "
+            "or device"
+        )
+    ranks = " + ".join(map(str, measured.ranks_per_host))
+    return Device(
+        name=measured.device if device is None else device.name,
+        memory_bytes=0.0 if device is None else device.memory_bytes,
+        half=measured.rates,
+        single=measured.rates,
+        source=(
+            f"Times are predicted from {file}: {measured.device}, {ranks} ranks, measured on "
+            f"{measured.date[:10]} with {measured.model}. Another model, number type or number of "
+            "ranks on a host has other rates."
+        ),
+        gpu=gpu,
+        calibration=file,
+    )

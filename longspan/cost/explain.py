@@ -18,8 +18,9 @@ class Choice(msgspec.Struct, frozen=True):
 
     The step computes `new_tokens` after `cached_tokens`. Seconds are those of the busiest rank:
     `launches`, reading `weights`, linear layers, attention, exchange, less
-    `hidden`, what overlaps. `bytes` is what it sends. For a prefill the step is the last but one
-    and `ttft` that of the whole prompt on this degree; the exchange there is the faster one.
+    `hidden`, what overlaps. It sends `near_bytes` inside its host and `far_bytes` to others. For a
+    prefill the step is the last but one, and `ttft` that of the whole prompt on this degree, each
+    step by its fastest strategy.
     """
 
     phase: Literal["prefill", "decode"]
@@ -35,7 +36,8 @@ class Choice(msgspec.Struct, frozen=True):
     exchange: float
     hidden: float
     total: float
-    bytes: int
+    near_bytes: int
+    far_bytes: int
     ttft: float | None = None
 
 
@@ -44,8 +46,9 @@ def explain(forecaster: Forecaster, tokens: int, degree: int) -> list[Choice]:
     config = forecaster.config
     pages = -(-tokens // config.page_size)
     least = -(-pages // forecaster.pages_per_rank)
-    doubled = [1 << power for power in range(config.num_ranks.bit_length())]
-    degrees = sorted({each for each in (*doubled, degree, config.num_ranks) if each >= least})
+    doubled = [least << power for power in range(config.num_ranks.bit_length())]
+    tried = [each for each in doubled if each < config.num_ranks]
+    degrees = sorted({*tried, degree, config.num_ranks})
     prefill, decode = [], []
     for each in degrees:
         ranks = list(range(each))
@@ -66,8 +69,10 @@ def explain(forecaster: Forecaster, tokens: int, degree: int) -> list[Choice]:
 
 def _alternatives(cost: CostModel, taken: Segment) -> Iterator[Segment]:
     """The segment by each strategy that there is for it."""
+    hosts = {cost.topology.hosts[shard.rank] for shard in taken.shards}
     for strategy in cost.strategies if len(taken.shards) > 1 else (taken.strategy,):
-        if is_feasible(strategy, taken.shards, cost):
+        one_host = strategy == "tree" and len(hosts) == 1  # where it is pass-Q
+        if is_feasible(strategy, taken.shards, cost) and not one_host:
             yield Segment(taken.request_id, strategy, taken.shards)
 
 
@@ -91,7 +96,7 @@ def _choice(
     launches, linear, exchange = of("launches"), of("linear"), of("messages")
     attention = of("attention", "reading") - weights
     sent = sent_bytes(segment.strategy, segment.shards, cost.shape, cost.topology)
-    place = [shard.rank for shard in segment.shards].index(rank)
+    near, far = sent[[shard.rank for shard in segment.shards].index(rank)]
     return Choice(
         phase=phase,
         degree=len(segment.shards),
@@ -106,6 +111,7 @@ def _choice(
         exchange=exchange,
         hidden=max(launches + weights + linear + attention + exchange - seconds[rank], 0.0),
         total=seconds[rank],
-        bytes=cost.shape.num_layers * sum(sent[place]),
+        near_bytes=cost.shape.num_layers * near,
+        far_bytes=cost.shape.num_layers * far,
         ttft=ttft,
     )

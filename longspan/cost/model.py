@@ -220,23 +220,17 @@ class CostModel:
         """
         if new < 1:
             return 0.0
-        return min(
-            max(curve.at(new) for curve in curves) for curves in self._curves(cached, degree)
-        )
+        return _fastest(self._curves(cached, degree), new)
 
     def tokens_within(self, seconds: float, cached: int, degree: int) -> int:
         """The most new tokens whose `prefill_seconds` are no more than `seconds`."""
-        most = max(
-            min(curve.inverse(seconds) for curve in curves)
-            for curves in self._curves(cached, degree)
-        )
+        found = self._curves(cached, degree)
+        most = max(min(curve.inverse(seconds) for curve in curves) for curves in found)
         tokens = max(int(most), 0)
         # The root is rounded.
-        if tokens and self.prefill_seconds(tokens, cached, degree) > seconds:
+        if tokens and _fastest(found, tokens) > seconds:
             return tokens - 1
-        if self.prefill_seconds(tokens + 1, cached, degree) <= seconds:
-            return tokens + 1
-        return tokens
+        return tokens + (_fastest(found, tokens + 1) <= seconds)
 
     def _curves(self, cached: int, degree: int) -> list[list[Curve]]:
         """Seconds of a chunk with each strategy: the highest of several curves.
@@ -304,3 +298,8 @@ class CostModel:
         """What joins so many ranks, on as few hosts as can be."""
         kind: Link = self._inside if size <= self._host_size else "network"
         return self.rates.hop(kind) if one else self.rates.exchange(kind)
+
+
+def _fastest(found: Sequence[Sequence[Curve]], new: int) -> float:
+    """Seconds of so many tokens, at least 1, with the strategy that is fastest for them."""
+    return min(max(curve.at(new) for curve in curves) for curves in found)
