@@ -255,7 +255,7 @@ def test_wrong_options(model: Path, arguments: tuple[object, ...], complaint: st
 
 
 def test_weights_that_no_device_holds(tmp_path: Path) -> None:
-    folder = write(tmp_path / "large", num_hidden_layers=1000)
+    folder = write(tmp_path / "large", intermediate_size=600_000)
     line = refusal(folder, "--device", "b200")
     assert line.endswith("Longspan has no tensor parallelism; no known device is large enough")
 

@@ -132,6 +132,14 @@ def test_llama_70b_on_b200s(llama_70b: tuple[ModelSpec, int]) -> None:
     assert plan.choices == [], "there is nothing to choose where it does not fit"
 
 
+def test_llama_70b_on_mi300xs(llama_70b: tuple[ModelSpec, int]) -> None:
+    planner = Planner(*llama_70b, Wanted(device=device_named("mi300x"), count=8))
+    # 90 % of 192 GB: 172.8 - 141.1 GB are 6,044.9 pages.
+    assert planner.pages_per_rank == 6_044
+    # 8,192, 65,536 and 655,360 pages over 6,044: 1.4, 10.8, 108.4.
+    assert [planner.devices_for(length) for length in (128 * K, 1 * M, 10 * M)] == [2, 11, 109]
+
+
 def test_a_batch_shares_the_pages(llama_8b: tuple[ModelSpec, int]) -> None:
     plan = planned(llama_8b, "h200", 1 * M, batch=7)
     # 8 x 52,852 pages over 7 requests: 60,402.3 each; 7 x 65,536 pages need 8.7 devices.

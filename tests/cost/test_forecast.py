@@ -168,6 +168,24 @@ def test_parts_of_a_choice_are_its_whole() -> None:
         assert taken.total == min(choice.total for choice in on_all)
 
 
+def test_parts_of_a_choice_across_hosts() -> None:
+    """With tree, which there is only between hosts."""
+    choices = explain(forecaster(8, FAR, Topology.of_hosts([4, 4])), 300_000, 8)
+    assert {choice.strategy for choice in choices if choice.degree == 4} == {"pass_kv", "pass_q"}
+    for phase in ("prefill", "decode"):
+        on_all = {c.strategy: c for c in choices if c.phase == phase and c.degree == 8}
+        assert on_all.keys() == {"pass_kv", "pass_q", "tree"}
+        for choice in on_all.values():
+            parts = choice.launches + choice.weights + choice.linear + choice.attention
+            assert parts + choice.exchange - choice.hidden == pytest.approx(choice.total)
+            assert choice.hidden <= choice.exchange * (1 + 1e-9)
+        assert sum(choice.chosen for choice in on_all.values()) == 1
+        tree, pass_q = on_all["tree"], on_all["pass_q"]
+        assert 0 < tree.far_bytes < pass_q.far_bytes
+    # A query goes to four ranks there, or to one.
+    assert pass_q.far_bytes == 4 * tree.far_bytes == 4 * 32 * 32 * 128 * 2
+
+
 def test_a_decode_step_on_two_ranks_by_hand() -> None:
     [choice] = [
         choice
