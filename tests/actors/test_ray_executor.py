@@ -118,7 +118,7 @@ def test_two_actors_of_a_cluster_of_their_own(model: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:  # sockets' paths are short
         arguments = ["generate", str(model), "--prompt", prompt, "--json", "--ignore-eos"]
         arguments += ["--context-parallel-size", "2", "--distributed-executor-backend", "ray"]
-        arguments += ["--min-tokens-per-rank", "1", "--kv-cache-tokens", "1000"]
+        arguments += ["--min-tokens-per-rank", "1", "--kv-cache-tokens", "48"]
         done = subprocess.run(
             [*PROGRAM, *arguments, "--temperature", "0", "--max-tokens", "24"],
             env={**os.environ, "RAY_ADDRESS": "local", "RAY_TMPDIR": folder},
