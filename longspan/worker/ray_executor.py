@@ -230,7 +230,7 @@ def _connect(num_ranks: int) -> bool:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself would try for more than ten minutes."""
+    """Ray itself was still trying after seven minutes."""
     if address.startswith("ray://"):
         raise ConfigError(
             f"RAY_ADDRESS={address} is for programs outside the cluster; run this on one of its "
