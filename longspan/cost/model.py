@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple, Self, get_args
 from longspan.cost.curve import Curve
 from longspan.cost.overlap import HERE, Hidden, Leg, Shared, legs
 from longspan.cost.rates import LinkRates, Rates
-from longspan.cost.strategy import Calls, KVShape, Sent, num_calls, seen_keys, sent_bytes
+from longspan.cost.strategy import (
+    Calls,
+    KVShape,
+    Sent,
+    carried_bytes,
+    num_calls,
+    seen_keys,
+    sent_bytes,
+)
 from longspan.plan import Run, Segment, Shard, Strategy
 from longspan.topology import Link, Topology
 
@@ -120,10 +128,10 @@ class CostModel:
             if here not in attention:
                 attention[here] = self._attention(here, shards)
             calls, legs = self._exchange(strategy, ranks)
-            sent = sent_bytes(strategy, shards, self.shape, self.topology)
+            sent, carried = self._bytes(strategy, shards)
             seconds = max(
-                own + rest + sum(leg.exposed(out, own, rest) for leg in legs)
-                for (own, rest), out in zip(attention[here], sent, strict=True)
+                own + rest + sum(leg.exposed(load, own, rest) for leg in legs)
+                for (own, rest), load in zip(attention[here], carried, strict=True)
             )
             near, far = (self.shape.num_layers * sum(kind) for kind in zip(*sent, strict=True))
             predicted[strategy] = Prediction(seconds, calls, Sent(near, far))
@@ -166,8 +174,8 @@ class CostModel:
             return
         key = strategy, ranks if strategy == "pass_kv" else ()
         legs = self._exchange(strategy, ranks)[1]
-        sent = sent_bytes(strategy, shards, self.shape, self.topology)
-        for rank, (own, rest), (near, far) in zip(ranks, attention, sent, strict=True):
+        _, carried = self._bytes(strategy, shards)
+        for rank, (own, rest), (near, far) in zip(ranks, attention, carried, strict=True):
             shared = parts[rank].shared.setdefault(key, Shared(legs))
             shared.own += own
             shared.rest += rest
@@ -200,6 +208,11 @@ class CostModel:
     def _attention_seconds(self, times: int, pairs: int, keys: int) -> float:
         """Attention in so many parts: pairs of a query and a key that it sees, keys read."""
         return self._attend * times + max(self._pair * pairs, self._key * keys)
+
+    def _bytes(self, strategy: Strategy, shards: Sequence[Shard]) -> tuple[list[Sent], list[Sent]]:
+        """What each rank sends in a layer, and what its links carry the way that has more."""
+        sent = sent_bytes(strategy, shards, self.shape, self.topology)
+        return sent, carried_bytes(sent, strategy, shards, self.shape, self.topology)
 
     def _exchange(self, strategy: Strategy, ranks: Sequence[int]) -> tuple[Calls, list[Leg]]:
         """How an exchange goes between these ranks. Two ranks need no all-to-all."""
@@ -258,7 +271,7 @@ class CostModel:
     def _even_exchanges(self, degree: int) -> list[tuple[Strategy, Sent, list[Leg]]]:
         """The exchanges of a chunk that is even over the first so many ranks.
 
-        What the slowest rank sends if one token of each rank travels.
+        What the slowest rank's links carry if one token of each rank travels.
         """
         if degree == 1:
             return [("local", Sent(0, 0), [])]
@@ -268,8 +281,8 @@ class CostModel:
             self._even[degree] = []
             for strategy in self.strategies:
                 _, found = self._exchange(strategy, range(degree))
-                sent = sent_bytes(strategy, shards, self.shape, self.topology)
-                most = max(sent, key=lambda one: sum(leg.seconds(one) for leg in found))
+                _, carried = self._bytes(strategy, shards)
+                most = max(carried, key=lambda one: sum(leg.seconds(one) for leg in found))
                 self._even[degree].append((strategy, most, found))
         return self._even[degree]
 

@@ -100,6 +100,25 @@ def sent_bytes(
     return _queries(hosts, shape.asked_bytes, shape.answered_bytes)
 
 
+def carried_bytes(
+    sent: list[Sent],
+    strategy: Strategy,
+    shards: Sequence[Shard],
+    shape: KVShape,
+    topology: Topology,
+) -> list[Sent]:
+    """Bytes that each rank's links carry in one layer, in the direction in which there are more.
+
+    `sent` is what `sent_bytes` says. Only gather-KV brings a rank far more than it sends, the keys
+    of all others to the home; with the others a rank sends on what it receives, or both are as many
+    messages.
+    """
+    if strategy != "gather_kv":
+        return sent
+    received = _gathered(_by_host(shards, topology), shape.key_bytes)
+    return [Sent(*map(max, *pair)) for pair in zip(sent, received, strict=True)]
+
+
 @dataclass(slots=True)
 class _Host:
     """The shards of one host: their ranks, the queries and keys on each, and how many these are.
@@ -140,6 +159,17 @@ def _gather(hosts: Sequence[_Host], key: int) -> list[Sent]:
         Sent(keys * (askers - bool(queries)) * key, keys * (all_askers - askers) * key)
         for host in hosts
         for askers in (host.askers,)
+        for queries, keys in zip(host.asked, host.held, strict=True)
+    ]
+
+
+def _gathered(hosts: Sequence[_Host], key: int) -> list[Sent]:
+    """Keys come once from each other rank to one with queries."""
+    all_held = sum(sum(host.held) for host in hosts)
+    return [
+        Sent((held - keys) * key, (all_held - held) * key) if queries else Sent(0, 0)
+        for host in hosts
+        for held in (sum(host.held),)
         for queries, keys in zip(host.asked, host.held, strict=True)
     ]
 

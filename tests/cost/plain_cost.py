@@ -45,7 +45,7 @@ class PlainCost(NamedTuple):
         size, strategy = len(segments[0].shards), segments[0].strategy
         own = sum(self.attention(rank, segment, True) for segment in segments)
         rest = sum(self.attention(rank, segment, False) for segment in segments)
-        sent = sum(sent_bytes(segment, rank, self.shape) for segment in segments)
+        sent = sum(carried_bytes(segment, rank, self.shape) for segment in segments)
         alone = strategy == "pass_kv" or size == 2
         link = self.rates.hop("host") if alone else self.rates.exchange("host")
         latency, byte = self.shape.num_layers * link.seconds, self.shape.num_layers / link.bytes
@@ -92,6 +92,14 @@ def num_pairs(asking: Shard, holding: Shard) -> int:
         for query in positions
         for run in holding.keys
     )
+
+
+def carried_bytes(segment: Segment, rank: int, shape: KVShape) -> int:
+    """What one rank sends in one layer, or receives if it gathers more."""
+    received = 0
+    if segment.strategy == "gather_kv" and segment.shard(rank).num_queries:
+        received = sum(shard.num_keys for shard in segment.shards if shard.rank != rank)
+    return max(sent_bytes(segment, rank, shape), received * shape.key_bytes)
 
 
 def sent_bytes(segment: Segment, rank: int, shape: KVShape) -> int:

@@ -11,6 +11,7 @@ from longspan.cost.strategy import (
     Calls,
     KVShape,
     Sent,
+    carried_bytes,
     exchanged_bytes,
     num_calls,
     sent_bytes,
@@ -233,6 +234,21 @@ def test_two_hosts_send_what_crosses_and_what_does_not() -> None:
     }
     for strategy, sent in expected.items():
         assert sent_bytes(strategy, shards, LLAMA_8B, topology) == sent
+
+
+def test_links_carry_what_is_sent_or_all_that_is_gathered() -> None:
+    """Hosts 0, 1 | 2; rank 0 alone has a query, so that all other keys come to it."""
+    topology, new = Topology.of_hosts([2, 1]), (Run(60, 1),)
+    shards = [Shard(0, new, 10, new), Shard(1, (), 20, ()), Shard(2, (), 30, ())]
+    key = LLAMA_8B.key_bytes
+    sent = sent_bytes("gather_kv", shards, LLAMA_8B, topology)
+    assert sent == [Sent(0, 0), Sent(20 * key, 0), Sent(0, 30 * key)]
+    carried = carried_bytes(sent, "gather_kv", shards, LLAMA_8B, topology)
+    assert carried == [Sent(20 * key, 30 * key), Sent(20 * key, 0), Sent(0, 30 * key)]
+    for strategy in get_args(Strategy):
+        if strategy != "gather_kv":
+            sent = sent_bytes(strategy, shards, LLAMA_8B, topology)
+            assert carried_bytes(sent, strategy, shards, LLAMA_8B, topology) == sent
 
 
 def test_exchanges_one_after_the_other() -> None:
