@@ -61,6 +61,8 @@ class Engine:
         cost = CostModel.of(spec, rates or executor.rates, executor.topology)
         self.scheduler = Scheduler(config, self.ledger, cost)
         self.traffic: dict[str, Traffic] = {}
+        self.num_done = 0
+        """How often a rank has done its share of a step: as long as it grows, ranks are alive."""
         self._groups: dict[str, Group] = {}
         self._numbers = itertools.count()
         self._arrivals = itertools.count()
@@ -75,6 +77,7 @@ class Engine:
             self.executor.start(step.plans)
         results = self.executor.wait(timeout)
         drawn = self.scheduler.update(results)
+        self.num_done += len(results)
         self._count(result.traffic for result in results.values())
         return self._groups_of(drawn)
 
