@@ -11,6 +11,7 @@ from functools import partial
 from longspan.engine.completion import Group
 from longspan.engine.engine import Engine
 from longspan.engine.request_progress import RequestProgress
+from longspan.engine.stream import Stream
 from longspan.errors import (
     EngineStoppedError,
     InvalidRequestError,
@@ -31,44 +32,6 @@ ABORT_SECONDS = 10.0
 """How long a step may take after which aborted requests end; then they are let go."""
 
 _RECENT_SECONDS = 30.0
-
-
-class Stream:
-    """What is drawn for prompts that were submitted together; iterate over it once.
-
-    Each output is an increment (see `Group.increment`) of one of them, and has its
-    `prompt_index`. The stream is over when all have ended.
-
-    Raises, while it is iterated over:
-        RankFailedError, EngineStoppedError: the engine has stopped, and with it this request.
-    """
-
-    def __init__(self, engine: "AsyncEngine", request_id: str, num_prompts: int) -> None:
-        self.request_id = request_id
-        self.groups: list[Group] = []
-        """One for each prompt, once the engine has them. Only the engine's thread changes them."""
-        self._engine = engine
-        self._left = num_prompts
-        """Prompts whose end has not been taken out of `_news`; `_coming`: not been put in."""
-        self._coming = num_prompts
-        self._news: asyncio.Queue[RequestOutput | LongspanError] = asyncio.Queue()
-
-    def abort(self) -> None:
-        """End what still runs; outputs with finish reason "abort" follow. Safe to call twice."""
-        self._engine._ask_to_abort(self)
-
-    def __aiter__(self) -> "Stream":
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        if not self._left:
-            raise StopAsyncIteration
-        news = await self._news.get()
-        if isinstance(news, LongspanError):
-            self._left = 0
-            raise news
-        self._left -= news.finished
-        return news
 
 
 class AsyncEngine:
@@ -126,7 +89,7 @@ class AsyncEngine:
         self.check_room(count)
         if request_id in self._open:
             raise InvalidRequestError(f"request_id={request_id!r} is already running")
-        stream = Stream(self, request_id, len(prompts))
+        stream = Stream(request_id, len(prompts), self._ask_to_abort)
         self._open[request_id] = stream
         self._num_coming += count
         self._inbox.put(partial(self._add, stream, prompts, params, priority))
@@ -211,9 +174,7 @@ class AsyncEngine:
 
     def _deliver(self, news: Iterable[tuple[Stream, RequestOutput | LongspanError]]) -> None:
         for stream, one in news:
-            stream._news.put_nowait(one)
-            stream._coming -= stream._coming if isinstance(one, LongspanError) else one.finished
-            if not stream._coming and stream.request_id in self._open:
+            if stream.put(one) and self._open.get(stream.request_id) is stream:
                 del self._open[stream.request_id]
                 self._ends.append(time.monotonic())
 

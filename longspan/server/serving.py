@@ -14,7 +14,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from longspan.engine.async_engine import AsyncEngine, Stream, first_line
+from longspan.engine.async_engine import AsyncEngine, first_line
+from longspan.engine.stream import Stream
 from longspan.errors import LongspanError
 from longspan.outputs import RequestOutput
 from longspan.sampling_params import SamplingParams

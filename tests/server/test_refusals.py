@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from program import ServerProgram, wait_until
+from program import SERVE, ServerProgram, wait_until
 
 KEY = "correct horse"
 LONG: dict[str, Any] = {"model": "tiny", "max_tokens": 3500, "extra_body": {"ignore_eos": True}}
@@ -211,6 +212,15 @@ def test_half_a_request_and_a_broken_one_harm_nobody(server: ServerProgram) -> N
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(sent)
     assert server.http.get("/health").status_code == 200
+
+
+def test_an_address_that_is_taken_is_one_line(server: ServerProgram, model: Path) -> None:
+    """And comes before the model is loaded."""
+    port = server.url.rpartition(":")[2]
+    done = subprocess.run([*SERVE, str(model), "--port", port], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: host='127.0.0.1' port={port} can't be listened at")
+    assert done.stderr.count("\n") == 1
 
 
 def test_sigterm_drains_and_leaves_nothing(server: ServerProgram, client: openai.OpenAI) -> None:
