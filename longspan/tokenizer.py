@@ -56,7 +56,8 @@ def encoded(
     [encoding] = tokenizer.backend_tokenizer.encode_batch_fast(
         [text], add_special_tokens=add_special_tokens
     )
-    return list(encoding.ids)
+    token_ids: list[int] = encoding.ids
+    return token_ids
 
 
 def is_plain(tokenizer: PreTrainedTokenizerBase) -> TypeGuard[PreTrainedTokenizerFast]:

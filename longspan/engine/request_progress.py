@@ -14,8 +14,9 @@ class RequestProgress:
     """Tokens of all prompts of a request together, and where their keys and values are.
 
     `prompt_tokens` counts a prompt once, whatever its `n`. `kv_tokens[r]` are the tokens with keys
-    on rank r, those of the step under way included. `seconds_left` is how long the prefill will still take, None where nothing is known:
-    the predicted time of what is left, at the pace of what is done.
+    on rank r, those of the step under way included. `seconds_left` is how long the prefill will
+    still take, None where nothing is known: the predicted time of what is left, at the pace of what
+    is done.
     """
 
     state: Literal["waiting", "prefill", "decode", "finished"]

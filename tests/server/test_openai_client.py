@@ -2,12 +2,17 @@
 
 import json
 import os
+import random
 import signal
+import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -324,6 +329,46 @@ def test_who_goes_away_frees_all_pages(server: ServerProgram, client: openai.Ope
     server.wait_until_idle()
     assert server.figure("vllm:num_requests_running") == 0
     assert "finish=gone" in server.said
+
+
+def test_a_crowd_that_goes_away_at_random_frees_all_pages(
+    server: ServerProgram, client: openai.OpenAI
+) -> None:
+    """In the queue, in prefills on one rank and on both, and while decoding."""
+    chance = random.Random(3)
+    stays = {"model": "tiny", "prompt": "Who stays", "temperature": 0, "max_tokens": 60}
+    undisturbed = client.completions.create(**stays).choices
+
+    def guest(number: int, length: int, late: float, patience: float) -> None:
+        time.sleep(late)
+        body = {"prompt": [number] * length, "max_tokens": 900, "ignore_eos": True}
+        with (
+            suppress(httpx.TimeoutException),
+            httpx.Client(base_url=server.url, timeout=patience) as http,
+        ):
+            if number % 2:
+                http.post("/v1/completions", json=body)
+            else:
+                with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as news:
+                    for _ in zip(range(number // 2), news.iter_raw(), strict=False):
+                        pass
+
+    with ThreadPoolExecutor(50) as guests:
+        going = [
+            guests.submit(
+                guest,
+                number,
+                chance.choice([3, 300, 2000, 6000]),
+                chance.uniform(0, 1),
+                chance.uniform(0.1, 1),
+            )
+            for number in range(50)
+        ]
+        assert client.completions.create(**stays).choices == undisturbed
+        for one in going:
+            one.result()
+    server.wait_until_idle()
+    assert client.completions.create(**stays).choices == undisturbed
 
 
 def test_an_idle_engine_does_not_spin(server: ServerProgram) -> None:
