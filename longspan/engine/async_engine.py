@@ -1,6 +1,7 @@
 """The engine as a server uses it: steps in a thread of their own, outputs in an event loop."""
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -21,6 +22,8 @@ from longspan.errors import (
 )
 from longspan.outputs import RequestOutput
 from longspan.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.25
 """An engine without requests looks so often for ranks that have died."""
@@ -145,11 +148,15 @@ class AsyncEngine:
         await self._until_all_ended(ABORT_SECONDS)
 
     def stop(self) -> None:
-        """End the thread and all ranks, when their present step is done. Safe to call twice."""
+        """End the thread and all ranks, when their present step is done. Safe to call twice.
+
+        A step that hangs is not waited for longer than `ABORT_SECONDS`.
+        """
         self._closing = True
         self._inbox.put(lambda: None)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(ABORT_SECONDS)
+        self.engine.executor.close()
 
     async def close(self) -> None:
         """Do so without blocking the event loop, and end all requests that are left."""
@@ -201,8 +208,10 @@ class AsyncEngine:
         except Exception as error:
             self.error = _told(error)
             self._in_loop(self._end_all, self.error)
-            if not isinstance(error, LongspanError):
-                raise  # a fault of ours: its traceback goes to the log
+            if isinstance(error, LongspanError):
+                logger.error("the engine has stopped: %s", error)  # with a rank's last words
+            else:
+                logger.exception("the engine has stopped")
         finally:
             engine.executor.close()
 

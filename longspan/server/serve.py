@@ -1,12 +1,14 @@
 """A server from its start to its end: one process that listens, and the ranks."""
 
 import asyncio
+import dataclasses
 import logging
 import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from types import FrameType
 
 import uvicorn
 
@@ -33,21 +35,19 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
     )
     # What it says of itself in passing is said here already.
     logging.getLogger("uvicorn").setLevel(max(server.log_threshold, logging.WARNING))
+    # A single rank is a process, too: while it computes in this one, others would have to wait.
+    backend = config.distributed_executor_backend or "mp"
+    config = dataclasses.replace(config, distributed_executor_backend=backend)
     with closing(_bound(server)) as listener:
-        engine = start_engine(config)
-        front = AsyncEngine(engine, server.max_waiting_requests)
+        front = AsyncEngine(start_engine(config), server.max_waiting_requests)
         try:
             serving = Serving(front, server)
             for line in _summary(serving):
                 say(line)
             address = _url(server, listener)
-            program = _Program(serving, lambda: say(f"listening at     {address}"))
-            # From here on uvicorn has the signal; when it has shut down, it is raised once more.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            program.run(sockets=[listener])
+            _Program(serving, lambda: say(f"listening at     {address}")).run(sockets=[listener])
         finally:
             front.stop()
-            engine.executor.close()
 
 
 class _Program(uvicorn.Server):
@@ -70,6 +70,24 @@ class _Program(uvicorn.Server):
         )
         self._serving = serving
         self._ready = ready
+        self._interrupted = False
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Let signals end the server in order. Of both only Ctrl-C is an error afterwards."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._interrupted |= sig == signal.SIGINT
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -170,8 +170,9 @@ def test_a_prompt_that_cannot_be_served_ends_its_stream_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", [RankFailedError, ValueError])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_failed_step_ends_all_requests(kind: type[Exception]) -> None:
+def test_a_failed_step_ends_all_requests(
+    kind: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
     async def work() -> None:
         engine, executor = simulated_engine([100, 100])
         front = front_of(engine)
@@ -190,6 +191,7 @@ def test_a_failed_step_ends_all_requests(kind: type[Exception]) -> None:
         with pytest.raises(EngineStoppedError, match=r"has stopped: .*rank 1 is broken$"):
             front.submit([[1]], FOREVER, request_id="late")
         await front.close()
+        assert "its last words" in caplog.text
 
     run(work())
 
