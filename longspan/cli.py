@@ -19,9 +19,10 @@ import longspan
 from longspan.cli_calibrate import calibrate
 from longspan.cli_plan import plan
 from longspan.config import EngineConfig
-from longspan.errors import ConfigError, InvalidRequestError, LongspanError, RankFailedError
+from longspan.errors import InvalidRequestError, LongspanError, RankFailedError
 from longspan.options import with_options
 from longspan.sampling_params import SamplingParams
+from longspan.server.config import ServerConfig
 
 if TYPE_CHECKING:
     from longspan.outputs import CompletionOutput, RequestOutput
@@ -136,21 +137,23 @@ def generate(
 
 
 @_command
-def serve(*, config: EngineConfig) -> None:
-    """Lend this host's ranks to the engine on another, node 0.
+def serve(*, config: EngineConfig, server: ServerConfig) -> None:
+    """Serve MODEL over HTTP, as OpenAI's API does.
 
-    Needs --nnodes, --node-rank (1 or more), --master-addr and the secret in LONGSPAN_SECRET. Loads
-    this host's MODEL; all other options are those of node 0. Ends with node 0.
+    On one node this is all there is to start. Of several, node 0 serves, and the others lend it
+    their ranks: they need --nnodes, --node-rank (1 or more), --master-addr and, as node 0 does, the
+    secret in LONGSPAN_SECRET; they load their own MODEL, take all other options from node 0, and
+    end with it.
     """
-    if config.node_rank == 0:
-        raise ConfigError(
-            "node_rank=0 is started by `longspan generate ... --nnodes` or LLM(..., nnodes=...); "
-            "`longspan serve` lends the ranks of the other nodes"
-        )
-    from longspan.worker.node_agent import lend
-
     signal.signal(signal.SIGTERM, _terminate)
-    lend(config, lambda line: typer.echo(f"node {config.node_rank}: {line}", err=True))
+    if config.node_rank == 0:
+        from longspan.server.serve import serve
+
+        serve(config, server, lambda line: typer.echo(line, err=True))
+    else:
+        from longspan.worker.node_agent import lend
+
+        lend(config, lambda line: typer.echo(f"node {config.node_rank}: {line}", err=True))
 
 
 def _terminate(*_: object) -> None:

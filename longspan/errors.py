@@ -23,3 +23,11 @@ class RankFailedError(LongspanError, RuntimeError):
 
 class EngineStoppedError(LongspanError, RuntimeError):
     """The engine was used after it had been closed, interrupted or had failed."""
+
+
+class OverloadedError(LongspanError, RuntimeError):
+    """Too many requests wait already; `retry_after` is in how many seconds to come again."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

@@ -1,18 +1,14 @@
 """The offline interface: `LLM(...).generate(prompts)` and `stream`, with vLLM's names."""
 
-import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from longspan.config import EngineConfig
-from longspan.cost.calibration import Calibration
 from longspan.engine.completion import Group
-from longspan.engine.engine import Engine
 from longspan.errors import ConfigError, EngineStoppedError, InvalidRequestError
 from longspan.interrupts import interrupts_afterwards
-from longspan.models import load_spec
 from longspan.outputs import CompletionOutput, RequestOutput
 from longspan.progress import Progress
 from longspan.prompts import (
@@ -25,13 +21,10 @@ from longspan.prompts import (
     tokenized,
 )
 from longspan.sampling_params import SamplingParams
-from longspan.tokenizer import load_tokenizer
-from longspan.worker.fleet import start_fleet
+from longspan.start import start_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 
 class LLM:
@@ -59,23 +52,11 @@ class LLM:
                 f"node_rank={self.config.node_rank} lends its ranks by `longspan serve`; the "
                 "engine runs on node 0"
             )
-        path = self.config.calibration
-        rates = None if path is None else Calibration.load(path).rates
-        spec = load_spec(self.config)
-        tokenizer = load_tokenizer(self.config)
-        self._executor = start_fleet(self.config, spec)
-        self.engine = Engine(self.config, spec, self._executor, tokenizer, rates=rates)
+        self.engine = start_engine(self.config)
+        self._executor = self.engine.executor
         self._closed = False
         self._news: dict[str, deque[Group]] = {}
         """For each request that is streamed, where its stream looks for those that drew tokens."""
-        limit, asked = self.engine.context_limit, self.config.max_model_len
-        if asked is not None and limit < asked:
-            logger.warning(
-                "all KV pools together hold %d tokens, less than max_model_len=%d: that is the "
-                "longest context",
-                limit,
-                asked,
-            )
 
     def generate(
         self,

@@ -49,6 +49,7 @@ class RequestMetrics:
     """Times in seconds on the clock of `time.monotonic()`; of the first completion for n > 1.
 
     `kv_tokens[r]` is how many of the request's tokens had their K and V on rank r at its end.
+    `degree` is how many ranks computed a chunk of its prompt together, at most.
     """
 
     arrival_time: float
@@ -58,6 +59,7 @@ class RequestMetrics:
     num_generation_tokens: int = 0
     num_preemptions: int = 0
     kv_tokens: list[int] = field(default_factory=list)
+    degree: int = 0
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from longspan.errors import InvalidRequestError
 from longspan.sampling_params import SamplingParams
+from longspan.tokenizer import encoded, is_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, {"prompt": text} or {"prompt_token_ids": [...]}."""
+
+_TOKENIZING = {"sanitize_control_tokens", "tokenizer_kwargs", "truncation", "max_length"}
+"""Options of a chat template that are about its tokens."""
 
 
 def prompt_list(prompts: Any) -> list[Prompt]:
@@ -69,7 +73,7 @@ def tokenized(
             )
         prompt = prompt["prompt"]
     if isinstance(prompt, str):
-        return prompt, tokenizer().encode(prompt, verbose=False)
+        return prompt, encoded(tokenizer(), prompt)
     return None, _token_ids(prompt)
 
 
@@ -77,14 +81,16 @@ def templated(
     tokenizer: "PreTrainedTokenizerBase", conversation: Any, options: Mapping[str, Any]
 ) -> list[int]:
     """The token ids that the tokenizer's chat template makes of a conversation."""
+    # Long texts are encoded here, as `encoded` says, unless the tokenizer has ways of its own.
+    tokenize = not is_plain(tokenizer) or not options.keys().isdisjoint(_TOKENIZING)
     try:
-        token_ids: Any = tokenizer.apply_chat_template(
-            conversation, tokenize=True, return_dict=False, **options
+        made: Any = tokenizer.apply_chat_template(
+            conversation, tokenize=tokenize, return_dict=False, **options
         )
     except Exception as error:  # templates are programs of the model's: they raise what they like
         reason = " ".join(str(error).split())
         raise InvalidRequestError(f"messages don't fit the chat template: {reason}") from error
-    return list(token_ids)
+    return list(made) if tokenize else encoded(tokenizer, made, add_special_tokens=False)
 
 
 def _token_ids(value: object) -> list[int]:

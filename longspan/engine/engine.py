@@ -61,6 +61,8 @@ class Engine:
         cost = CostModel.of(spec, rates or executor.rates, executor.topology)
         self.scheduler = Scheduler(config, self.ledger, cost)
         self.traffic: dict[str, Traffic] = {}
+        self.num_done = 0
+        """How often a rank has done its share of a step: as long as it grows, ranks are alive."""
         self._groups: dict[str, Group] = {}
         self._numbers = itertools.count()
         self._arrivals = itertools.count()
@@ -75,6 +77,7 @@ class Engine:
             self.executor.start(step.plans)
         results = self.executor.wait(timeout)
         drawn = self.scheduler.update(results)
+        self.num_done += len(results)
         self._count(result.traffic for result in results.values())
         return self._groups_of(drawn)
 
@@ -150,13 +153,6 @@ class Engine:
         length = len(prompt_token_ids)
         if not length:
             raise InvalidRequestError("the prompt is empty; it must have at least 1 token")
-        known = range(self.spec.vocab_size)
-        if min(prompt_token_ids) not in known or max(prompt_token_ids) not in known:
-            position = next(i for i, id_ in enumerate(prompt_token_ids) if id_ not in known)
-            raise InvalidRequestError(
-                f"prompt_token_ids[{position}]={prompt_token_ids[position]} is outside the "
-                f"vocabulary (0 to {self.spec.vocab_size - 1})"
-            )
         if length >= self.spec.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {length} tokens; with one to generate it exceeds "
@@ -167,6 +163,13 @@ class Engine:
                 f"the prompt has {length} tokens; with one to generate it exceeds the KV pools "
                 f"of all {self.ledger.num_ranks} ranks together ({self.ledger.num_tokens} "
                 "tokens); raise kv_cache_tokens or context_parallel_size"
+            )
+        known = range(self.spec.vocab_size)
+        if min(prompt_token_ids) not in known or max(prompt_token_ids) not in known:
+            position = next(i for i, id_ in enumerate(prompt_token_ids) if id_ not in known)
+            raise InvalidRequestError(
+                f"prompt_token_ids[{position}]={prompt_token_ids[position]} is outside the "
+                f"vocabulary (0 to {self.spec.vocab_size - 1})"
             )
 
     def _request(

@@ -258,6 +258,7 @@ class Scheduler:
                     for rank, new in runs.items():
                         self._running.hold(request, rank, new)
                     self._running.claims.renew(request)
+                    request.metrics.degree = max(request.metrics.degree, len(runs))
                     draft.take_prefill(prefill_chunk(request, runs, self._strategy))
             draft.remove_prefilling(request, ranks)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 import cluster
+import httpx
 import pytest
 import reference
 from cluster import NodeProgram, wait_until_gone
@@ -117,6 +118,24 @@ def test_another_copy_s_weights_are_noticed(model: Path, launch: Launch, tmp_pat
     ):
         start(model, port, 2, 2)
     assert node.end() == 0
+
+
+def test_node_0_serves_with_the_ranks_of_another(model: Path, launch: Launch) -> None:
+    port = cluster.free_port()
+    nodes = ["--nnodes", "2", "--context-parallel-size", "2", "--kv-cache-tokens", "800"]
+    server, node = launch(0, port, *nodes, "--port", "0"), launch(1, port, "--nnodes", "2")
+    server.wait_for("listening at")
+    url = server.lines[-1].split()[-1]
+    prompt = reference.prompt(1200)
+    body = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 0}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 8
+    likeliest = reference.log_probabilities(reference.load(model), prompt).max().item()
+    first = answer["choices"][0]["logprobs"]["token_logprobs"][0]
+    assert first == pytest.approx(likeliest, abs=1e-3)
+    server.send(signal.SIGTERM)
+    assert (server.end(), node.end()) == (0, 0)
+    assert "degree=2 holders=2" in server.lines[-1]
 
 
 def kill_a_rank(node: NodeProgram) -> None:
