@@ -86,7 +86,7 @@ class EngineConfig:
     calibration: str | None = _option(
         None,
         "File that 'longspan calibrate' made: what devices and links were measured to do. Without "
-        "it, figures for the kind of device.",
+        "it, figures for the kind of device, and links as ranks measure them at the start.",
     )
     distributed_executor_backend: Backend | None = _option(
         None,
