@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise, product
 from typing import TYPE_CHECKING, NamedTuple, Self, get_args
 
+from longspan.cost.attention import KEYS_TRAVEL, AttentionCost, computes_own
 from longspan.cost.curve import Curve
 from longspan.cost.overlap import HERE, Hidden, Leg, Shared, legs
 from longspan.cost.rates import LinkRates, Rates
@@ -18,7 +19,6 @@ from longspan.cost.strategy import (
     Sent,
     carried_bytes,
     num_calls,
-    seen_keys,
     sent_bytes,
 )
 from longspan.plan import Run, Segment, Shard, Strategy
@@ -30,12 +30,9 @@ if TYPE_CHECKING:
 ONE_HOST = Topology.of_hosts([256])
 """Ranks of which nothing else is known."""
 
-KEYS_TRAVEL: frozenset[Strategy] = frozenset(("pass_kv", "gather_kv"))
-"""Strategies in which a rank computes its own queries; in the others queries travel."""
 
-
-def _computes_own(strategy: Strategy) -> bool:
-    return strategy == "local" or strategy in KEYS_TRAVEL
+def _asking(shards: Sequence[Shard]) -> list[int]:
+    return [shard.rank for shard in shards if shard.queries]
 
 
 class Prediction(NamedTuple):
@@ -89,6 +86,7 @@ class CostModel:
         self._attend = layers * rates.attend_seconds
         self._pair = 4 * shape.num_heads * shape.head_dim * layers / rates.attention_flops
         self._key = layers * shape.key_bytes / rates.memory_bytes
+        self._attention = AttentionCost(self._attend, self._pair, self._key)
         self._seen = max(self._pair, self._key)  # one query's attention over one key
         inside = {topology.link(*pair) for pair in pairwise(range(topology.num_ranks))} - {
             "network"
@@ -121,13 +119,14 @@ class CostModel:
     ) -> dict[Strategy, Prediction]:
         """What a segment costs with each of some strategies."""
         ranks = [shard.rank for shard in shards]
+        asking = _asking(shards)
         attention: dict[bool, list[tuple[float, float]]] = {}
         predicted = {}
         for strategy in strategies:
-            here = _computes_own(strategy)
+            here = computes_own(strategy)
             if here not in attention:
-                attention[here] = self._attention(here, shards)
-            calls, legs = self._exchange(strategy, ranks)
+                attention[here] = self._attention.seconds(here, shards)
+            calls, legs = self._exchange(strategy, ranks, asking)
             sent, carried = self._bytes(strategy, shards)
             seconds = max(
                 own + rest + sum(leg.exposed(load, own, rest) for leg in legs)
@@ -164,7 +163,7 @@ class CostModel:
     def _count(self, segment: Segment, parts: dict[int, _Part]) -> None:
         shards, strategy = segment.shards, segment.strategy
         ranks = tuple(shard.rank for shard in shards)
-        attention = self._attention(_computes_own(strategy), shards)
+        attention = self._attention.seconds(computes_own(strategy), shards)
         for rank in ranks:
             parts.setdefault(rank, _Part())
         for shard in shards:
@@ -173,7 +172,7 @@ class CostModel:
             parts[ranks[0]].local += sum(attention[0])
             return
         key = strategy, ranks if strategy == "pass_kv" else ()
-        legs = self._exchange(strategy, ranks)[1]
+        legs = self._exchange(strategy, ranks, _asking(shards))[1]
         _, carried = self._bytes(strategy, shards)
         for rank, (own, rest), (near, far) in zip(ranks, attention, carried, strict=True):
             shared = parts[rank].shared.setdefault(key, Shared(legs))
@@ -182,47 +181,31 @@ class CostModel:
             shared.near += near
             shared.far += far
 
-    def _attention(self, here: bool, shards: Sequence[Shard]) -> list[tuple[float, float]]:
-        """Each rank's seconds of attention: its queries over its keys, and all other.
-
-        The other is of its own queries, or where they travel, not `here`, of others' over its keys,
-        which it reads again for each rank that asks.
-        """
-        seen = seen_keys("pass_kv" if here else "pass_q", shards)
-        asked = [shard.num_queries for shard in shards]
-        held = [shard.num_keys for shard in shards]
-        num_asking, num_holding = sum(map(bool, asked)), sum(map(bool, held))
-        seconds = []
-        for shard, queries, keys, (pairs, _) in zip(shards, asked, held, seen, strict=True):
-            inside = queries * shard.cached + queries * (queries + 1) // 2
-            own = self._attention_seconds(1, inside, keys) if queries else 0.0
-            if here:
-                times, reads = num_holding - bool(keys), sum(held) - keys
-                rest = self._attention_seconds(times, pairs - inside, reads) if queries else 0.0
-            else:
-                times = num_asking - bool(queries)
-                rest = self._attention_seconds(times, pairs - inside, times * keys) if keys else 0.0
-            seconds.append((own, rest))
-        return seconds
-
-    def _attention_seconds(self, times: int, pairs: int, keys: int) -> float:
-        """Attention in so many parts: pairs of a query and a key that it sees, keys read."""
-        return self._attend * times + max(self._pair * pairs, self._key * keys)
-
     def _bytes(self, strategy: Strategy, shards: Sequence[Shard]) -> tuple[list[Sent], list[Sent]]:
         """What each rank sends in a layer, and what its links carry the way that has more."""
         sent = sent_bytes(strategy, shards, self.shape, self.topology)
         return sent, carried_bytes(sent, strategy, shards, self.shape, self.topology)
 
-    def _exchange(self, strategy: Strategy, ranks: Sequence[int]) -> tuple[Calls, list[Leg]]:
+    def _exchange(
+        self, strategy: Strategy, ranks: Sequence[int], asking: Sequence[int] | None = None
+    ) -> tuple[Calls, list[Leg]]:
         """How an exchange goes between these ranks. Two ranks need no all-to-all."""
         one = strategy == "pass_kv" or len(ranks) == 2
         link = self.rates.hop if one else self.rates.exchange
-        calls = num_calls(strategy, ranks, self.topology)
+        calls = num_calls(strategy, ranks, self.topology, asking)
         if not sum(calls):
             return calls, []
         near, far = link(self._inside), link("network")
-        return calls, legs(strategy, len(ranks), calls, near, far, self.shape, self.hidden)
+        return calls, legs(
+            strategy,
+            len(ranks),
+            calls,
+            near,
+            far,
+            self.shape,
+            self.hidden,
+            self.rates.attend_seconds,
+        )
 
     def prefill_seconds(self, new: int, cached: int, degree: int) -> float:
         """What a chunk balanced over `degree` ranks adds to the step of each, in seconds.
@@ -290,7 +273,8 @@ class CostModel:
         """What one decode token adds, with so many keys of its request on each holder.
 
         On one holder that is all; else the slowest holder's attention, and in every layer a pass-Q
-        exchange with each of the others, behind which nothing is computed.
+        exchange with each of the others, behind which nothing is computed, and whose answers are
+        merged.
         """
         seconds = self._token + self._attend + self._seen * max(keys)
         size = len(keys)
@@ -298,7 +282,8 @@ class CostModel:
             return seconds
         link = self._link(size, one=size == 2)
         sent = self.shape.query_bytes * (size - 1) / link.bytes
-        return seconds + self.shape.num_layers * (2 * link.seconds + sent)
+        merging = self._attend * (size - 1)
+        return seconds + merging + self.shape.num_layers * (2 * link.seconds + sent)
 
     def move_seconds(self, tokens: int) -> float:
         """Copying so many tokens' keys and values of all layers to another rank, in one message."""

@@ -90,6 +90,7 @@ def legs(
     far: LinkRates,
     shape: KVShape,
     hidden: Hidden,
+    handling: float,
 ) -> list[Leg]:
     """The legs of an exchange over `size` ranks.
 
@@ -97,10 +98,14 @@ def legs(
     crossing to the next host behind attention to all blocks that go round this one meanwhile.
     gather-KV: everything travels behind local attention and that over the rank's own keys.
     pass-Q: queries travel behind local attention, answers behind that over the rank's own keys.
+    Beside their links' latency a ring's hops take `handling` seconds each, for the block that is cut
+    and handed on, and so does every answer, which is merged.
     """
     layers = shape.num_layers
     near_byte, far_byte = layers / near.bytes, layers / far.bytes
-    near_start, far_start = layers * calls.near * near.seconds, layers * calls.far * far.seconds
+    each = handling if strategy == "pass_kv" else 0.0
+    near_start = layers * calls.near * (near.seconds + each)
+    far_start = layers * calls.far * (far.seconds + each)
     overlap = (far if calls.far else near).overlap
     if strategy == "pass_kv":
         round_host = calls.near / (calls.far + 1) + 1
@@ -116,5 +121,13 @@ def legs(
     back = 1 - out
     return [
         Leg(start / 2, near_byte * out, far_byte * out, overlap, 0.0, hidden.queries, 1.0),
-        Leg(start / 2, near_byte * back, far_byte * back, overlap, hidden.answers, 0.0, 0.0),
+        Leg(
+            start / 2 + layers * handling * (size - 1),
+            near_byte * back,
+            far_byte * back,
+            overlap,
+            hidden.answers,
+            0.0,
+            0.0,
+        ),
     ]

@@ -107,16 +107,19 @@ def carried_bytes(
     shape: KVShape,
     topology: Topology,
 ) -> list[Sent]:
-    """Bytes that each rank's links carry in one layer, in the direction in which there are more.
+    """Bytes of one layer that a rank's links take as long for as for so many both ways.
 
     `sent` is what `sent_bytes` says. Only gather-KV brings a rank far more than it sends, the keys
-    of all others to the home; with the others a rank sends on what it receives, or both are as many
-    messages.
+    of all others to the home: over the network the way counts that has more, inside a host, where
+    the same memory or cores copy both, half of all.
     """
     if strategy != "gather_kv":
         return sent
     received = _gathered(_by_host(shards, topology), shape.key_bytes)
-    return [Sent(*map(max, *pair)) for pair in zip(sent, received, strict=True)]
+    return [
+        Sent((out.near + come.near) // 2, max(out.far, come.far))
+        for out, come in zip(sent, received, strict=True)
+    ]
 
 
 @dataclass(slots=True)
@@ -286,11 +289,17 @@ def seen_keys(strategy: Strategy, shards: Sequence[Shard]) -> list[tuple[int, in
     return seen
 
 
-def num_calls(strategy: Strategy, ranks: Sequence[int], topology: Topology) -> Calls:
+def num_calls(
+    strategy: Strategy,
+    ranks: Sequence[int],
+    topology: Topology,
+    asking: Sequence[int] | None = None,
+) -> Calls:
     """How many exchanges a segment over some ranks takes in one layer, one after the other.
 
-    If every rank has queries and keys; a rank that has no part in one makes fewer. A ring's keys
-    cross to the next host while they go round this one, so its far calls hide near ones.
+    If every rank has keys, and queries, unless `asking` says which have; a rank that has no part in
+    one makes fewer. A ring's keys cross to the next host while they go round this one, so its far
+    calls hide near ones. A tree's gateways relay if they are not alone on their host.
     """
     if len(ranks) == 1 or strategy == "local":
         return Calls(0, 0)
@@ -301,4 +310,8 @@ def num_calls(strategy: Strategy, ranks: Sequence[int], topology: Topology) -> C
     calls = 1 if strategy == "gather_kv" else 2
     if not crossings:
         return Calls(calls, 0)
-    return Calls(2 if strategy == "tree" and most > 1 else 0, calls)
+    if strategy != "tree":
+        return Calls(0, calls)
+    homes = {topology.hosts[rank] for rank in (ranks if asking is None else asking)}
+    relays = any(size > 1 and homes != {host} for host, size in sizes.items())
+    return Calls(2 if relays else 0, calls)

@@ -49,15 +49,17 @@ class PlainCost(NamedTuple):
         alone = strategy == "pass_kv" or size == 2
         link = self.rates.hop("host") if alone else self.rates.exchange("host")
         latency, byte = self.shape.num_layers * link.seconds, self.shape.num_layers / link.bytes
+        handling = self.shape.num_layers * self.rates.attend_seconds
+        merging = handling * (size - 1)
         if strategy == "pass_kv":
-            hop = latency + byte * sent / (size - 1)
+            hop = latency + handling + byte * sent / (size - 1)
             waited = (size - 1) * left(hop, (own + rest) / size, link)
         elif strategy == "gather_kv":
             waited = left(latency + byte * sent, own + local, link)
         else:
             out = byte * sent * self.shape.asked_bytes / self.shape.query_bytes
             back = byte * sent * self.shape.answered_bytes / self.shape.query_bytes
-            waited = left(latency + out, local, link) + left(latency + back, own, link)
+            waited = left(latency + out, local, link) + left(latency + merging + back, own, link)
         return own + rest + waited
 
     def attention(self, rank: int, segment: Segment, own: bool) -> float:
@@ -95,11 +97,13 @@ def num_pairs(asking: Shard, holding: Shard) -> int:
 
 
 def carried_bytes(segment: Segment, rank: int, shape: KVShape) -> int:
-    """What one rank sends in one layer, or receives if it gathers more."""
-    received = 0
-    if segment.strategy == "gather_kv" and segment.shard(rank).num_queries:
+    """What one rank sends in one layer; half of what it sends and receives if it gathers."""
+    sent, received = sent_bytes(segment, rank, shape), 0
+    if segment.strategy != "gather_kv":
+        return sent
+    if segment.shard(rank).num_queries:
         received = sum(shard.num_keys for shard in segment.shards if shard.rank != rank)
-    return max(sent_bytes(segment, rank, shape), received * shape.key_bytes)
+    return (sent + received * shape.key_bytes) // 2
 
 
 def sent_bytes(segment: Segment, rank: int, shape: KVShape) -> int:

@@ -162,7 +162,11 @@ def test_a_link_that_is_not_known_is_as_the_next_wider_one() -> None:
 
 def test_links_inside_a_host_are_those_of_its_own_ranks() -> None:
     """Rank 0 is alone on its host; ranks 1 and 2 share a device of another."""
-    links = {"device": LinkRates(1e-6, 1e9), "host": LinkRates(1e-3, 1e9), "network": ETHERNET}
+    links = {
+        "device": LinkRates(1e-6, 1e9, 0),
+        "host": LinkRates(1e-3, 1e9, 0),
+        "network": ETHERNET,
+    }
     rates = replace(CPU_THREAD, links=links)
     shards = [
         Shard(rank + 1, shard.queries, shard.cached, shard.keys)

@@ -109,7 +109,8 @@ def test_strategies_compute_on_different_ranks() -> None:
     shards = Shard(0, runs, 2, runs), Shard(1, (), 10, ())
     asking, own, other = 3 + 0.3, (3 * 2 + 6) * 0.64, 3 * 10 * 0.64
     keys_here = {0: asking + own + other + 1, 1: 1 + 1 + 10 * 1.6}
-    gathered = keys_here | {0: asking + own + other + 1 + 10 * 1.6}
+    half = 5 * 1.6  # one way only, by memory that both ways share
+    gathered = {0: asking + own + other + 1 + half, 1: 1 + 1 + half}
     queries_there = {0: asking + own + 2 + 3 * 3.2, 1: 1 + other + 2 + 3 * 4.8}
     assert ROUND.step_seconds([segment("pass_kv", *shards)]) == pytest.approx(keys_here)
     assert ROUND.step_seconds([segment("gather_kv", *shards)]) == pytest.approx(gathered)

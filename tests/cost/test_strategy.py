@@ -236,7 +236,7 @@ def test_two_hosts_send_what_crosses_and_what_does_not() -> None:
         assert sent_bytes(strategy, shards, LLAMA_8B, topology) == sent
 
 
-def test_links_carry_what_is_sent_or_all_that_is_gathered() -> None:
+def test_links_carry_what_is_sent_and_gathered() -> None:
     """Hosts 0, 1 | 2; rank 0 alone has a query, so that all other keys come to it."""
     topology, new = Topology.of_hosts([2, 1]), (Run(60, 1),)
     shards = [Shard(0, new, 10, new), Shard(1, (), 20, ()), Shard(2, (), 30, ())]
@@ -244,7 +244,7 @@ def test_links_carry_what_is_sent_or_all_that_is_gathered() -> None:
     sent = sent_bytes("gather_kv", shards, LLAMA_8B, topology)
     assert sent == [Sent(0, 0), Sent(20 * key, 0), Sent(0, 30 * key)]
     carried = carried_bytes(sent, "gather_kv", shards, LLAMA_8B, topology)
-    assert carried == [Sent(20 * key, 30 * key), Sent(20 * key, 0), Sent(0, 30 * key)]
+    assert carried == [Sent(10 * key, 30 * key), Sent(10 * key, 0), Sent(0, 30 * key)]
     for strategy in get_args(Strategy):
         if strategy != "gather_kv":
             sent = sent_bytes(strategy, shards, LLAMA_8B, topology)
@@ -269,6 +269,11 @@ def test_exchanges_that_cross_hosts_are_counted_apart() -> None:
     assert num_calls("tree", everyone, topology) == Calls(near=2, far=2)
     assert num_calls("tree", one_host, topology) == Calls(near=2, far=0)
     assert num_calls("tree", one_each, topology) == Calls(near=0, far=2)
+    # Only a gateway that has others beside it relays.
+    home_beside, home_alone = [0], [2]
+    two = Topology.of_hosts([2, 1])
+    assert num_calls("tree", range(3), two, home_beside) == Calls(near=0, far=2)
+    assert num_calls("tree", range(3), two, home_alone) == Calls(near=2, far=2)
 
 
 def test_a_shape_is_read_from_a_model() -> None:
