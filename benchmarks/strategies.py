@@ -133,7 +133,7 @@ def turns(
         first = turn()
         longest = torch.tensor(time.perf_counter() - begun)
         dist.all_reduce(longest, dist.ReduceOp.MAX)
-        more = max(1, min(int(seconds / float(longest)), MAX_TURNS))
+        more = max(2, min(int(seconds / float(longest)), MAX_TURNS))
         rest = [turn() for _ in range(more)]
     return [first, *rest] if more < FEW_TURNS else rest
 

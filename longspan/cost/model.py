@@ -196,16 +196,9 @@ class CostModel:
         if not sum(calls):
             return calls, []
         near, far = link(self._inside), link("network")
-        return calls, legs(
-            strategy,
-            len(ranks),
-            calls,
-            near,
-            far,
-            self.shape,
-            self.hidden,
-            self.rates.attend_seconds,
-        )
+        handling = self.rates.attend_seconds
+        size, shape, hidden = len(ranks), self.shape, self.hidden
+        return calls, legs(strategy, size, calls, near, far, shape, hidden, handling)
 
     def prefill_seconds(self, new: int, cached: int, degree: int) -> float:
         """What a chunk balanced over `degree` ranks adds to the step of each, in seconds.

@@ -98,8 +98,8 @@ def legs(
     crossing to the next host behind attention to all blocks that go round this one meanwhile.
     gather-KV: everything travels behind local attention and that over the rank's own keys.
     pass-Q: queries travel behind local attention, answers behind that over the rank's own keys.
-    Beside their links' latency a ring's hops take `handling` seconds each, for the block that is cut
-    and handed on, and so does every answer, which is merged.
+    Beside the links' latency a ring's hops take `handling` seconds each, for the block that is
+    cut and handed on, and so does every answer, which is merged.
     """
     layers = shape.num_layers
     near_byte, far_byte = layers / near.bytes, layers / far.bytes
