@@ -184,7 +184,9 @@ def test_a_forced_strategy_is_taken_wherever_keys_are_shared(strategy: str) -> N
 
 
 def test_strategies_are_chosen_for_each_step_by_themselves() -> None:
-    by_bytes = replace(CPU_THREAD, links={"host": LinkRates(0, 2.4e9, overlap=0)})
+    """Messages take time for their bytes alone, so keys travel in the prefill, then queries."""
+    links = {"host": LinkRates(0, 2.4e9, overlap=0)}
+    by_bytes = replace(CPU_THREAD, attend_seconds=0.0, links=links)
     fleet = Fleet((99, 99), 4, {"min_tokens_per_rank": 16, "rates": by_bytes})
     service = Service(fleet, several(1, 200, max_tokens=5)).run()
     assert service.strategies == {"pass_kv", "pass_q"}
