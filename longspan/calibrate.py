@@ -11,6 +11,7 @@ from longspan.cost.samples import fit_rates
 from longspan.cost.strategy import KVShape
 from longspan.models import load_spec
 from longspan.worker.fleet import start_fleet
+from longspan.worker.launch import kind_of_device
 
 
 def measured(config: EngineConfig) -> Calibration:
@@ -39,6 +40,6 @@ def measured(config: EngineConfig) -> Calibration:
 
 def device_name(config: EngineConfig) -> str:
     """What a rank's device is called."""
-    if config.device != "cpu" and torch.cuda.is_available():
+    if kind_of_device(config.device) == "cuda":
         return torch.cuda.get_device_name()
     return torch.backends.cpu.get_cpu_capability() + " CPU"

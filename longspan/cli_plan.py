@@ -3,11 +3,11 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longspan.config import Dtype, EngineConfig
+from longspan.config import Dtype, EngineConfig, option
 from longspan.cost.devices import DEVICES, planned_device
 from longspan.errors import ConfigError, LongspanError
 from longspan.token_count import parse_tokens
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 
-def _option(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
     """The model, the devices and the load to plan for."""
@@ -30,30 +26,30 @@ class PlanOptions:
     model: str = dataclasses.field(
         metadata={"help": "A config.json, a folder with one, or a model's id on the hub."}
     )
-    device: str | None = _option(
+    device: str | None = option(
         None, f"Kind of device, by its vendor's figures: {', '.join(DEVICES)}."
     )
-    calibration: str | None = _option(
+    calibration: str | None = option(
         None,
         "File that 'longspan calibrate' made: rates as measured, instead of the vendor's. Needs "
         "--memory or --device.",
     )
-    memory: float | None = _option(
+    memory: float | None = option(
         None,
         "GB (10^9 bytes) of memory of each device, instead of what its kind has; on CPUs what is "
         "free for each rank.",
     )
-    count: int = _option(8, "Devices in each node; each is one rank.")
-    nodes: int = _option(1, "Nodes (hosts).")
-    context: str | None = _option(
+    count: int = option(8, "Devices in each node; each is one rank.")
+    nodes: int = option(1, "Nodes (hosts).")
+    context: str | None = option(
         None,
         "Longest context in tokens, prompt and output: 131072, 128K (x 1024) or 100k (x 1000). "
         "The model's own limit if not given.",
     )
-    batch: int = _option(1, "Requests of that length at the same time.")
-    dtype: Dtype = _option("auto", "Number type of weights and KV cache.")
-    ttft: float | None = _option(None, "Target: most seconds to the first token.")
-    tpot: float | None = _option(None, "Target: most seconds for each token after it.")
+    batch: int = option(1, "Requests of that length at the same time.")
+    dtype: Dtype = option("auto", "Number type of weights and KV cache.")
+    ttft: float | None = option(None, "Target: most seconds to the first token.")
+    tpot: float | None = option(None, "Target: most seconds for each token after it.")
 
 
 def plan(

@@ -18,7 +18,8 @@ CPU_MEMORY_UTILIZATION = 0.5
 """Fraction of a host's free memory for the KV pools of all its ranks, if nothing else is said."""
 
 
-def _option(default: Any, help: str) -> Any:
+def option(default: Any, help: str) -> Any:
+    """A field of a config that is an option of the command line too (`options.py`)."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -35,74 +36,74 @@ class EngineConfig:
     model: str = dataclasses.field(
         metadata={"help": "Path of a Hugging Face model folder, or its id on the hub."}
     )
-    tokenizer: str | None = _option(None, "Path or id of the tokenizer, if not the model's own.")
-    revision: str | None = _option(None, "Branch, tag or commit of a model on the hub.")
-    trust_remote_code: bool = _option(False, "Run Python code that comes with the model.")
-    dtype: Dtype = _option(
+    tokenizer: str | None = option(None, "Path or id of the tokenizer, if not the model's own.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the hub.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
+    dtype: Dtype = option(
         "auto", "Number type of weights and KV cache; 'auto' takes the model's own."
     )
-    device: Literal["auto", "cpu", "cuda"] = _option(
+    device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Kind of device, one for each rank; 'auto' takes cuda where there is one."
     )
-    context_parallel_size: int = _option(
+    context_parallel_size: int = option(
         1, "Number of ranks: worker processes, each with one device, that share long contexts."
     )
-    max_model_len: int | None = _option(
+    max_model_len: int | None = option(
         None, "Longest context (prompt and output); the model's own limit if not given."
     )
-    kv_cache_tokens: int | tuple[int, ...] | None = _option(
+    kv_cache_tokens: int | tuple[int, ...] | None = option(
         None, "Capacity of each rank's KV pool: one number, or one for each rank."
     )
-    kv_cache_memory_bytes: int | None = _option(
+    kv_cache_memory_bytes: int | None = option(
         None, "Size of each rank's KV pool in bytes, instead of kv_cache_tokens."
     )
-    gpu_memory_utilization: float | None = _option(
+    gpu_memory_utilization: float | None = option(
         None,
         "Fraction of a device's memory that weights and KV pool may fill, if neither size is "
         "given (default 0.9); on CPU the fraction of the host's free memory that all KV pools "
         "together may fill (default 0.5).",
     )
-    page_size: int = _option(16, "Tokens in one page of the KV pool.")
-    enable_prefix_caching: bool = _option(
+    page_size: int = option(16, "Tokens in one page of the KV pool.")
+    enable_prefix_caching: bool = option(
         True, "Keep full pages of ended requests for those that begin alike."
     )
-    max_num_batched_tokens: int = _option(
+    max_num_batched_tokens: int = option(
         2048, "Most tokens that one rank computes in one step; longer prompts go in chunks."
     )
-    max_num_seqs: int = _option(256, "Most requests that run at the same time.")
-    max_step_time: float | None = _option(
+    max_num_seqs: int = option(256, "Most requests that run at the same time.")
+    max_step_time: float | None = option(
         0.1,
         "Predicted seconds after which no more prompt tokens are put into a step, so that others "
         "are not kept waiting (four times as many for a prompt that is alone); None: no limit.",
     )
-    min_tokens_per_rank: int | None = _option(
+    min_tokens_per_rank: int | None = option(
         None,
         "Spread every prompt over one rank for each so many tokens, instead of where it is "
         "predicted to be faster.",
     )
-    attention_strategy: Strategy = _option(
+    attention_strategy: Strategy = option(
         "auto", "How ranks share attention; 'auto' picks for each request and step."
     )
-    calibration: str | None = _option(
+    calibration: str | None = option(
         None,
         "File that 'longspan calibrate' made: what devices and links were measured to do. Without "
         "it, figures for the kind of device, and links as ranks measure them at the start.",
     )
-    distributed_executor_backend: Backend | None = _option(
+    distributed_executor_backend: Backend | None = option(
         None,
         "'mp': one process for each rank; 'uni': all in this one; 'ray': actors of a Ray cluster. "
         "Default: mp from 2 ranks.",
     )
-    nnodes: int = _option(1, "Number of nodes: hosts that bring ranks, each started by itself.")
-    node_rank: int = _option(0, "Number of this node; node 0 runs the engine.")
-    master_addr: str = _option(
+    nnodes: int = option(1, "Number of nodes: hosts that bring ranks, each started by itself.")
+    node_rank: int = option(0, "Number of this node; node 0 runs the engine.")
+    master_addr: str = option(
         "127.0.0.1", "Address of node 0 where the other nodes reach it; it listens there only."
     )
-    master_port: int = _option(29500, "Port of node 0 where the other nodes join.")
-    context_parallel_size_local: int | None = _option(
+    master_port: int = option(29500, "Port of node 0 where the other nodes join.")
+    context_parallel_size_local: int | None = option(
         None, "Ranks that this node brings; context_parallel_size / nnodes if not given."
     )
-    seed: int = _option(0, "Seed of the requests that bring none of their own.")
+    seed: int = option(0, "Seed of the requests that bring none of their own.")
 
     @classmethod
     def from_options(cls, **options: Any) -> "EngineConfig":

@@ -48,6 +48,10 @@ class AttentionCost(NamedTuple):
             seconds.append((own, rest))
         return seconds
 
+    def of_one(self, keys: int) -> float:
+        """One query over so many keys of its own rank."""
+        return self.attend + max(self.pair, self.key) * keys
+
     def _part(self, times: int, pairs: int, keys: int) -> float:
         """Attention in so many parts: pairs of a query and a key that it sees, keys read."""
         return self.attend * times + max(self.pair * pairs, self.key * keys)

@@ -83,14 +83,13 @@ class CostModel:
         weights = num_active_parameters * shape.itemsize / rates.memory_bytes
         self._base = rates.step_seconds + weights
         self._token = 2 * num_active_parameters / rates.linear_flops
-        self._attend = layers * rates.attend_seconds
-        self._pair = 4 * shape.num_heads * shape.head_dim * layers / rates.attention_flops
-        self._key = layers * shape.key_bytes / rates.memory_bytes
-        self._attention = AttentionCost(self._attend, self._pair, self._key)
-        self._seen = max(self._pair, self._key)  # one query's attention over one key
-        inside = {topology.link(*pair) for pair in pairwise(range(topology.num_ranks))} - {
-            "network"
-        }
+        self._attention = AttentionCost(
+            attend=layers * rates.attend_seconds,
+            pair=4 * shape.num_heads * shape.head_dim * layers / rates.attention_flops,
+            key=layers * shape.key_bytes / rates.memory_bytes,
+        )
+        neighbours = pairwise(range(topology.num_ranks))
+        inside = {topology.link(*pair) for pair in neighbours} - {"network"}
         self._inside: Link = "device" if inside == {"device"} else "host"
         self._host_size = max(topology.hosts.count(host) for host in set(topology.hosts))
         self.strategies: tuple[Strategy, ...] = tuple(
@@ -149,7 +148,7 @@ class CostModel:
             if len(shards) == 1 and shards[0].num_queries == 1:  # most by far
                 part = parts.get(shards[0].rank) or parts.setdefault(shards[0].rank, _Part())
                 part.tokens += 1
-                part.local += self._attend + self._seen * (shards[0].cached + 1)
+                part.local += self._attention.of_one(shards[0].cached + 1)
             else:
                 self._count(segment, parts)
         return {
@@ -182,7 +181,7 @@ class CostModel:
             shared.far += far
 
     def _bytes(self, strategy: Strategy, shards: Sequence[Shard]) -> tuple[list[Sent], list[Sent]]:
-        """What each rank sends in a layer, and what its links carry the way that has more."""
+        """What each rank sends in a layer, and what its links take time for (`carried_bytes`)."""
         sent = sent_bytes(strategy, shards, self.shape, self.topology)
         return sent, carried_bytes(sent, strategy, shards, self.shape, self.topology)
 
@@ -227,10 +226,11 @@ class CostModel:
         Attention is the higher of computing and of reading: all keys once, or where queries travel
         a rank's own keys for each of the ranks.
         """
-        start, square = self._attend * degree, self._pair / (2 * degree)
+        attend, pair, key = self._attention
+        start, square = attend * degree, pair / (2 * degree)
         linear = Curve(0.0, self._token / degree, 0.0)
         computing = Curve(square, square * (2 * cached + 1), start)
-        reading = Curve(0.0, self._key, start + self._key * cached)
+        reading = Curve(0.0, key, start + key * cached)
         found = []
         for strategy, sent, strategy_legs in self._even_exchanges(degree):
             travelling = cached if strategy in KEYS_TRAVEL else 0
@@ -269,13 +269,13 @@ class CostModel:
         exchange with each of the others, behind which nothing is computed, and whose answers are
         merged.
         """
-        seconds = self._token + self._attend + self._seen * max(keys)
+        seconds = self._token + self._attention.of_one(max(keys))
         size = len(keys)
         if size == 1:
             return seconds
         link = self._link(size, one=size == 2)
         sent = self.shape.query_bytes * (size - 1) / link.bytes
-        merging = self._attend * (size - 1)
+        merging = self._attention.attend * (size - 1)
         return seconds + merging + self.shape.num_layers * (2 * link.seconds + sent)
 
     def move_seconds(self, tokens: int) -> float:

@@ -93,7 +93,7 @@ class AsyncEngine:
         self.check_room(count)
         if request_id in self._open:
             raise InvalidRequestError(f"request_id={request_id!r} is already running")
-        stream = Stream(request_id, len(prompts), self._ask_to_abort)
+        stream = Stream(request_id, prompts, self._ask_to_abort)
         self._open[request_id] = stream
         self._num_coming += count
         self._inbox.put(partial(self._add, stream, prompts, params, priority))
@@ -123,7 +123,7 @@ class AsyncEngine:
         if stream is None:
             return None
         cost, now = self.engine.scheduler.cost, self.engine.clock()
-        return RequestProgress.of(stream.groups, cost, now)
+        return RequestProgress.of(stream, cost, now)
 
     @property
     def num_waiting(self) -> int:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from longspan.cost.model import CostModel
-from longspan.engine.completion import Group
 from longspan.engine.request import Request
+from longspan.engine.stream import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,9 @@ class RequestProgress:
     seconds_left: float | None = None
 
     @classmethod
-    def of(cls, groups: Sequence[Group], cost: CostModel, now: float) -> Self:
-        """Groups that another thread steps may be looked at: each number is read once."""
+    def of(cls, stream: Stream, cost: CostModel, now: float) -> Self:
+        """Groups that another thread adds and steps may be looked at: each number is read once."""
+        groups = list(stream.groups)
         requests = [request for group in groups for request in list(group.requests)]
         firsts = [group.requests[0] for group in groups]
         ranks = sorted({rank for request in requests for rank in list(request.ranks)})
@@ -38,7 +39,7 @@ class RequestProgress:
         known = [seconds for seconds in left if seconds is not None]
         return cls(
             state=_state(requests),
-            prompt_tokens=sum(len(group.prompt_token_ids) for group in groups),
+            prompt_tokens=stream.prompt_tokens,
             prefilled_tokens=sum(map(prefilled_tokens, firsts)),
             cached_tokens=sum(request.num_cached_tokens for request in firsts),
             output_tokens=sum(len(request.output_token_ids) for request in requests),

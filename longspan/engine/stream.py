@@ -1,7 +1,7 @@
 """What a server's request waits for: outputs of its prompts, in the event loop."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from longspan.engine.completion import Group
@@ -20,14 +20,18 @@ class Stream:
     """
 
     def __init__(
-        self, request_id: str, num_prompts: int, abort: Callable[["Stream"], None]
+        self,
+        request_id: str,
+        prompts: Sequence[Sequence[int]],
+        abort: Callable[["Stream"], None],
     ) -> None:
         self.request_id = request_id
+        self.prompt_tokens = sum(map(len, prompts))
         self.groups: list[Group] = []
         """One for each prompt, once the engine has them. Only the engine's thread changes them."""
         self._abort = abort
         self._news: asyncio.Queue[RequestOutput | LongspanError] = asyncio.Queue()
-        self._to_come = self._to_read = num_prompts
+        self._to_come = self._to_read = len(prompts)
 
     def abort(self) -> None:
         """End what still runs; outputs with finish reason "abort" follow. Safe to call twice."""

@@ -1,22 +1,17 @@
 """What a server is told beside its engine's options. Command-line options are made of it."""
 
-import dataclasses
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from longspan.config import option
 from longspan.errors import ConfigError
 
 API_KEY = "LONGSPAN_API_KEY"
 """The environment variable with the key, where other users of a host don't see it."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-def _option(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,41 +22,41 @@ class ServerConfig:
         ConfigError: a value is outside its limits; the message names field, value and limit.
     """
 
-    host: str = _option("127.0.0.1", "Address to listen at; 0.0.0.0 is every address of the host.")
-    port: int = _option(8000, "Port to listen at; 0 takes one that is free.")
-    api_key: str | None = _option(
+    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0 is every address of the host.")
+    port: int = option(8000, "Port to listen at; 0 takes one that is free.")
+    api_key: str | None = option(
         None, f"Key that clients must send; better given as {API_KEY} in the environment."
     )
-    served_model_name: str | None = _option(
+    served_model_name: str | None = option(
         None, "Name of the model in requests and answers; MODEL as given if not set."
     )
-    max_waiting_requests: int = _option(
+    max_waiting_requests: int = option(
         1024, "Most sequences that wait for their ranks; more are refused with 429."
     )
-    max_request_bytes: int = _option(32 << 20, "Largest body of a request; 413 past it.")
-    max_n: int = _option(128, "Largest n, completions of one prompt.")
-    max_output_tokens: int | None = _option(
+    max_request_bytes: int = option(32 << 20, "Largest body of a request; 413 past it.")
+    max_n: int = option(128, "Largest n, completions of one prompt.")
+    max_output_tokens: int | None = option(
         None, "Largest max_tokens, and what requests without one get."
     )
-    max_logprobs: int = _option(20, "Most tokens at each position whose logprobs may be asked for.")
-    request_timeout: float | None = _option(
+    max_logprobs: int = option(20, "Most tokens at each position whose logprobs may be asked for.")
+    request_timeout: float | None = option(
         None, "Seconds after which a request is ended with what it has."
     )
-    health_timeout: float = _option(
+    health_timeout: float = option(
         60.0, "Seconds without a step, though there is work, after which /health fails."
     )
-    heartbeat_interval: float = _option(
+    heartbeat_interval: float = option(
         10.0, "Seconds of silence after which a stream gets a comment, so that it is kept open."
     )
-    drain_timeout: float = _option(
+    drain_timeout: float = option(
         30.0, "Seconds that running requests have to end after SIGTERM, before they are aborted."
     )
-    allowed_origins: Sequence[str] | None = _option(
+    allowed_origins: Sequence[str] | None = option(
         None, "Origin of web pages that may use the server (CORS); give it again for more."
     )
-    ssl_keyfile: str | None = _option(None, "File with the private key, to serve https.")
-    ssl_certfile: str | None = _option(None, "File with the certificate, to serve https.")
-    log_level: str = _option("info", f"Least level that is logged: {', '.join(LOG_LEVELS)}.")
+    ssl_keyfile: str | None = option(None, "File with the private key, to serve https.")
+    ssl_certfile: str | None = option(None, "File with the certificate, to serve https.")
+    log_level: str = option("info", f"Least level that is logged: {', '.join(LOG_LEVELS)}.")
 
     def __post_init__(self) -> None:
         for name, least in (

@@ -1,5 +1,6 @@
 """What clients may ask for: the bodies of requests, with OpenAI's names and vLLM's extras."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -62,7 +63,7 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: Literal[False] = False
 
 
-class Generation(Body):
+class Generation(Body, ABC):
     """What a request may say about how tokens are drawn, and how they are sent."""
 
     n: int | None = None
@@ -112,9 +113,9 @@ class Generation(Body):
             )
         return SamplingParams(**given)
 
+    @abstractmethod
     def _own_params(self) -> dict[str, Any]:
         """`max_tokens` and `logprobs`, which kinds of requests say differently."""
-        raise NotImplementedError
 
 
 class CompletionRequest(Generation):

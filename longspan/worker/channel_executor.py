@@ -5,6 +5,7 @@ import dataclasses
 import selectors
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ _CAUSE_SECONDS = 0.5
 """How long a rank's failure may come before the death of the peer that is its cause."""
 
 
-class ChannelExecutor:
+class ChannelExecutor(ABC):
     """Talks to each rank over a channel.
 
     A rank's process that sees its end closed ends itself, so that not even a killed engine leaves
@@ -55,12 +56,12 @@ class ChannelExecutor:
         messages = [one for message in ready.values() for one in message.messages]
         self.rates = with_links(ready[0].rates, messages)
 
+    @abstractmethod
     def _start_ranks(self, config: EngineConfig) -> tuple[EngineConfig, str]:
         """Start all ranks: fills hosts and channels, and sets the topology.
 
         Returns the config with the kind of device that they have, and where they meet.
         """
-        raise NotImplementedError
 
     def start(self, plans: Mapping[int, RankPlan]) -> None:
         """Begin a step on ranks that are not at work. A dead rank is noticed by `wait`.

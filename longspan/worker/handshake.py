@@ -71,10 +71,8 @@ def admit(connection: socket.socket, secret: bytes) -> Channel:
             told so, if it speaks the language.
     """
     channel = Channel(connection, _MAX_MESSAGE_BYTES)
-    ours = Hello(release(), secrets.token_bytes(32))
     with _in_time(connection):
-        channel.send(ours)
-        theirs = _receive(channel, Hello)
+        ours, theirs = _greet(channel)
         if theirs.release != ours.release:
             _refuse(channel, f"it runs {theirs.release}, node 0 {ours.release}")
         proof = _receive(channel, Proof)
@@ -91,10 +89,8 @@ def introduce(connection: socket.socket, secret: bytes) -> Channel:
         Unwelcome: it is not, or it refuses this node.
     """
     channel = Channel(connection, _MAX_MESSAGE_BYTES)
-    ours = Hello(release(), secrets.token_bytes(32))
     with _in_time(connection):
-        channel.send(ours)
-        theirs = _receive(channel, Hello)
+        ours, theirs = _greet(channel)
         if theirs.release != ours.release:
             raise Unwelcome(f"it runs {theirs.release}, this node {ours.release}")
         channel.send(Proof(_mac(secret, "node", ours, theirs)))
@@ -118,6 +114,13 @@ def dial(address: str, port: int, secret: bytes) -> Channel:
     except BaseException:
         connection.close()
         raise
+
+
+def _greet(channel: Channel) -> tuple[Hello, Hello]:
+    """What both sides do first."""
+    ours = Hello(release(), secrets.token_bytes(32))
+    channel.send(ours)
+    return ours, _receive(channel, Hello)
 
 
 def _mac(secret: bytes, role: Literal["engine", "node"], own: Hello, other: Hello) -> bytes:

@@ -257,3 +257,17 @@ def test_progress_goes_from_waiting_to_the_end() -> None:
         assert told[-1].output_tokens < 40 == len(outputs[0].outputs[0].token_ids)
 
     run(work())
+
+
+def test_a_request_that_the_engine_has_not_taken_in_yet_waits_with_all_its_tokens() -> None:
+    async def work() -> None:
+        engine, _ = simulated_engine([100, 100])
+        front = AsyncEngine(engine, 10)
+        front.submit([[3] * 40, [4] * 2], params(1), request_id="early")
+        progress = front.progress("early")
+        assert progress is not None
+        assert (progress.state, progress.prompt_tokens, progress.ranks) == ("waiting", 42, ())
+        front.start()
+        await front.close()
+
+    run(work())

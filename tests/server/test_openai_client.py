@@ -42,12 +42,6 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 
 @pytest.fixture(scope="module")
-def client(server: ServerProgram) -> Iterator[openai.OpenAI]:
-    with server.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def expected(model: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """What one device says after PROMPT."""
     return tokenizer.decode(

@@ -44,12 +44,6 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     server.kill()
 
 
-@pytest.fixture(scope="module")
-def client(server: ServerProgram) -> Iterator[openai.OpenAI]:
-    with server.client() as client:
-        yield client
-
-
 @pytest.mark.parametrize("key", ["wrong", KEY[:-1], KEY + "x", "korrekt Pferd"])
 def test_a_wrong_key_is_401(server: ServerProgram, key: str) -> None:
     with server.client(api_key=key) as stranger, pytest.raises(openai.AuthenticationError) as told:
