@@ -64,11 +64,13 @@ def is_plain(tokenizer: PreTrainedTokenizerBase) -> TypeGuard[PreTrainedTokenize
     """Whether it only passes text on to the tokenizers library, whole and as it is."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return False
-    backend, kind, plain = tokenizer.backend_tokenizer, type(tokenizer), PreTrainedTokenizerFast
+    backend = tokenizer.backend_tokenizer
     return (
-        kind.encode is plain.encode
-        and kind._encode_plus is plain._encode_plus
-        and kind.apply_chat_template is plain.apply_chat_template
+        all(
+            getattr(getattr(tokenizer, name), "__func__", None)
+            is getattr(PreTrainedTokenizerFast, name)
+            for name in ("encode", "_encode_plus", "apply_chat_template")
+        )
         and backend.truncation is None
         and backend.padding is None
         and backend.encode_special_tokens == tokenizer.split_special_tokens

@@ -82,10 +82,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part not in _NOT_FIELDS]
-        field = ".".join(place) or None
-        message = f"{field}: {first['msg']}" if field else str(first["msg"])
+        field, message = _said(error.errors()[0])
         return error_response(400, message, param=field)
 
     @app.exception_handler(HTTPException)
@@ -95,3 +92,17 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _fault(_: Request, error: Exception) -> Response:
         return error_response(500, f"the server failed: {type(error).__name__}")
+
+
+def _said(error: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The field that one of pydantic's errors is about, and what is wrong with it."""
+    kind, place = error["type"], [part for part in error["loc"] if part not in _NOT_FIELDS]
+    if kind == "json_invalid":
+        return None, f"the body is not JSON: {error['ctx']['error']} at character {place[-1]}"
+    if not place and kind in ("missing", "model_attributes_type"):
+        return (
+            None,
+            "the body must be a JSON object with the header Content-Type: application/json",
+        )
+    field = ".".join(map(str, place)) or None
+    return field, f"{field}: {error['msg']}" if field else str(error["msg"])

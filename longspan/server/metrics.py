@@ -24,6 +24,15 @@ class Metrics:
         self._registry.register(_EngineFigures(engine, model))
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Tokens of prompts.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
+        self._queried = self._counter(
+            "vllm:prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache."
+        )
+        self._hits = self._counter(
+            "vllm:prefix_cache_hits", "Prompt tokens that the prefix cache had."
+        )
+        self._preemptions = self._counter(
+            "vllm:num_preemptions", "How often requests gave up their pages for others."
+        )
         self._ended = Counter(
             "vllm:request_success",
             "Requests that have ended, by their finish reason.",
@@ -59,6 +68,9 @@ class Metrics:
         usage, labels = record.usage, self._labels
         self._prompt_tokens.inc(usage.prompt_tokens)
         self._generation_tokens.inc(usage.completion_tokens)
+        self._queried.inc(usage.prompt_tokens)
+        self._hits.inc(usage.cached_tokens)
+        self._preemptions.inc(record.num_preemptions)
         for reason in record.finish_reasons or [record.outcome]:
             self._ended.labels(**labels, finished_reason=reason).inc()
         self._prompt.observe(usage.prompt_tokens)

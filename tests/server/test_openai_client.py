@@ -252,7 +252,9 @@ def test_tools_and_template_options_reach_the_template(client: openai.OpenAI) ->
     assert answer.choices[0].message.content is not None
 
 
-def test_a_second_prompt_that_begins_alike_is_cached(client: openai.OpenAI) -> None:
+def test_a_second_prompt_that_begins_alike_is_cached(
+    server: ServerProgram, client: openai.OpenAI
+) -> None:
     prompt = "About caches. " * 20
     first, second = (
         client.completions.create(model="tiny", prompt=prompt, max_tokens=2, temperature=0)
@@ -267,6 +269,7 @@ def test_a_second_prompt_that_begins_alike_is_cached(client: openai.OpenAI) -> N
     assert cached is not None
     assert second.usage.prompt_tokens - 16 <= cached < second.usage.prompt_tokens
     assert first.choices == second.choices
+    assert server.figure("vllm:prefix_cache_hits_total") >= cached
 
 
 def test_models(server: ServerProgram, client: openai.OpenAI) -> None:

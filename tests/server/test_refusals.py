@@ -161,6 +161,9 @@ def test_bodies_that_are_no_json_are_400(server: ServerProgram) -> None:
         )
         assert answer.status_code == 400, body[:10]
         assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert "body" in answer.json()["error"]["message"]
+    form = server.http.post("/v1/completions", content=b'{"prompt": "x"}')
+    assert "with the header Content-Type: application/json" in form.text
 
 
 def test_a_large_body_is_413(server: ServerProgram, client: openai.OpenAI) -> None:
