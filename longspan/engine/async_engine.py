@@ -34,7 +34,8 @@ POLL_SECONDS = 0.005
 ABORT_SECONDS = 10.0
 """How long a step may take after which aborted requests end; then they are let go."""
 
-_RECENT_SECONDS = 30.0
+_RECENT_SECONDS, _MOST_ENDS = 30.0, 1000
+"""The pace of a server is that of so many last requests, as far as they are of late."""
 
 
 class AsyncEngine:
@@ -62,8 +63,8 @@ class AsyncEngine:
         """The engine thread's: to whom a group's outputs go, and as which prompt's."""
         self._num_coming = 0
         """Sequences that have been submitted, and that the engine has not taken in yet."""
-        self._ends: deque[float] = deque()
-        """When streams have ended lately."""
+        self._ends: deque[float] = deque(maxlen=_MOST_ENDS)
+        """When the last streams have ended."""
         self._moved = time.monotonic()
 
     def start(self) -> None:

@@ -31,10 +31,10 @@ def serve(config: EngineConfig, server: ServerConfig, say: Callable[[str], None]
         UnsupportedModelError, RankFailedError: as for `start_engine`.
     """
     logging.basicConfig(
-        level=server.log_threshold, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=max(server.log_threshold, logging.WARNING),  # of libraries
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    # What it says of itself in passing is said here already.
-    logging.getLogger("uvicorn").setLevel(max(server.log_threshold, logging.WARNING))
+    logging.getLogger("longspan").setLevel(server.log_threshold)
     # A single rank is a process, too: while it computes in this one, others would have to wait.
     backend = config.distributed_executor_backend or "mp"
     config = dataclasses.replace(config, distributed_executor_backend=backend)
