@@ -196,8 +196,8 @@ def test_it_shows_a_long_prompt_beside_short_ones(page: Page, server: ServerProg
             keep_pictures(page)
     wait_until(lambda: shown(page)["running"] == 0, "all to end")
     expect(page.locator("#idle")).to_be_visible()
-    for chart in ("#ttft", "#tpot"):
-        expect(page.locator(f"{chart} .now")).to_have_text(re.compile(r"last request [\d.]+ m?s"))
+    for chart in ("first", "each"):
+        expect(page.locator(f"#{chart}-chart .now")).to_have_text(re.compile(r"^[\d.]+ m?s "))
     figures = metrics(server)
     wait_until(lambda: shown(page) == figures, f"the page to show {figures}", 20)
     assert figures["used"] == [0, 0]

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import asdict
 from typing import Any
 
 from longspan.engine.async_engine import AsyncEngine, first_line
@@ -34,10 +33,9 @@ class Feed:
         engine, first = self._engine, self._told
         self._told = self._recent.count
         return {
-            **asdict(Snapshot.of(engine.engine)),
+            "engine": Snapshot.of(engine.engine),
             "model": self._model,
             "waiting": engine.num_waiting,
-            "context_limit": engine.engine.context_limit,
             "error": None if engine.error is None else first_line(engine.error),
-            "ended": [asdict(ended) for ended in reversed([*self._recent.since(first)])],
+            "ended": [*self._recent.since(first)][::-1],
         }

@@ -7,6 +7,8 @@ const RATE_S = 2; // rates are means over this time
 const LEAST_S = 60, MOST_S = 300; // what charts show
 const HUES = 8, PATTERNS = 3;
 const MOST_REQUESTS = 50;
+const MOST_BESIDE = 5; // ranks that have room beside the requests, and places that are told one by one
+const MEDIAN_OF = 9;
 
 const $ = (id) => document.getElementById(id);
 
@@ -86,12 +88,12 @@ function showRanks(picture) {
     column.append(pool, make("h3", "", `Rank ${rank}`), make("p", "pages"), make("p", "kept"));
     return column;
   });
+  $("middle").classList.toggle("wide", columns.length > MOST_BESIDE);
   picture.ranks.forEach((view, rank) => showRank(columns[rank], view, rank, picture.requests));
 }
 
 function showRank(column, view, rank, requests) {
-  const holders = requests.filter(({ pages }) => pages[rank])
-    .sort((one, other) => numbers.get(one.id) - numbers.get(other.id));
+  const holders = requests.filter(({ pages }) => pages[rank]);
   // Pages that several requests share count for each: in the pool they are divided among them.
   const held = holders.reduce((sum, { pages }) => sum + pages[rank], 0);
   const share = held > view.used ? view.used / held : 1;
@@ -113,7 +115,7 @@ function showRank(column, view, rank, requests) {
     `Rank ${rank}: ${view.used} of ${plural(view.total, "page")} in use, ${view.cached} cached`,
     ...names,
   ].join("; "));
-  pages.textContent = `${whole(view.used)} of ${whole(view.total)} pages`;
+  pages.textContent = `${whole(view.used)} / ${whole(view.total)}`;
   kept.textContent = `${whole(view.cached)} cached`;
 }
 
@@ -159,49 +161,59 @@ function showRequest(row, request) {
     : `${request.state}: ${plural(request.output_tokens, "token")} after ${whole(request.prompt_tokens)}${cached}`;
   const first = request.time_to_first_token;
   facts.lastChild.textContent = first === null ? "" : `first token after ${seconds(first)}`;
-  const held = request.pages.map((pages, rank) => [pages, rank]).filter(([pages]) => pages);
-  places.textContent = held.map(([pages, rank]) =>
-    `rank ${rank}${rank === request.home ? " (home)" : ""}: ${plural(pages, "page")}`).join(" · ");
+  places.textContent = placesOf(request);
+}
+
+function placesOf({ pages, home }) {
+  const held = pages.map((count, rank) => [count, rank]).filter(([count]) => count);
+  if (held.length > MOST_BESIDE) {
+    const sum = held.reduce((total, [count]) => total + count, 0);
+    return `${plural(sum, "page")} on ${held.length} ranks, home ${home}`;
+  }
+  return held.map(([count, rank]) =>
+    `rank ${rank}${rank === home ? " (home)" : ""}: ${plural(count, "page")}`).join(" · ");
 }
 
 // Charts over the last minutes.
 
-function showChart(id, lines, format, unit, now, dots) {
+/** A line through points of time and value, and single `dots`; `name` says what the last point is. */
+function showChart(id, name, line, dots, format, now) {
   const chart = $(id);
-  const points = lines.flatMap((line) => line.points);
-  const begin = now - Math.min(Math.max(now - Math.min(now, ...points.map(([at]) => at)), LEAST_S), MOST_S);
+  const points = [...line, ...dots];
+  const oldest = Math.min(now, ...points.map(([at]) => at));
+  const begin = now - Math.min(Math.max(now - oldest, LEAST_S), MOST_S);
   const most = nice(Math.max(...points.map(([, value]) => value), 0));
-  const place = ([at, value]) => [300 * (at - begin) / (now - begin), 100 - 96 * value / most];
-  const paths = lines.map(({ points }, index) =>
-    `<path class="line-${index}" d="M${points.map((point) => place(point).join(" ")).join("L")}"/>`);
-  if (dots) {
-    const marks = points.map((point) => `M${place(point).join(" ")}h0`);
-    paths.push(`<path class="dots" d="${marks.join("")}"/>`);
-  }
-  const latest = lines.map(({ points }) => points.at(-1)?.[1]);
-  const told = lines.map(({ name }, index) =>
-    `${name} ${latest[index] === undefined ? "–" : format(latest[index])}`);
+  const place = ([at, value]) =>
+    `${(300 * (at - begin) / (now - begin)).toFixed(1)} ${(100 - 96 * value / most).toFixed(1)}`;
   if (!chart.firstChild) {
     chart.innerHTML = '<p class="now"></p><p class="axis"><span></span></p>'
-      + '<svg viewBox="0 0 300 100" preserveAspectRatio="none" role="img"></svg>'
+      + '<svg viewBox="0 0 300 100" preserveAspectRatio="none" role="img">'
+      + '<path class="grid" d="M0 4H300M0 52H300"/><path class="dots"/><path class="line"/></svg>'
       + '<p class="axis"><span></span><span>now</span></p>';
-    keep(chart.children[0], lines, ({ name }) => name, () => make("span", ""));
   }
-  const [legend, top, drawing, bottom] = chart.children;
-  [...legend.children].forEach((child, index) => {
-    child.className = `key-${index}`;
-    child.replaceChildren(...(lines.length > 1 ? [make("i", "")] : []), make("b", "", told[index]));
-  });
-  top.firstChild.textContent = points.length ? format(most) + unit : "";
+  const [latest, top, drawing, bottom] = chart.children;
+  const told = `${line.length ? format(line.at(-1)[1]) : "–"} ${name}`;
+  latest.textContent = told;
+  top.firstChild.textContent = line.length ? format(most) : "";
   bottom.firstChild.textContent = `−${seconds(now - begin)}`;
-  drawing.setAttribute("aria-label", `last ${seconds(now - begin)}; now ${told.join(", ")}`);
-  drawing.innerHTML = `<path class="grid" d="M0 4H300M0 52H300"/>${points.length ? paths.join("") : ""}`;
+  drawing.setAttribute("aria-label", `last ${seconds(now - begin)}; now ${told}`);
+  const [, marks, path] = drawing.children;
+  marks.setAttribute("d", dots.map((point) => `M${place(point)}h0`).join(""));
+  path.setAttribute("d", line.length ? `M${line.map(place).join("L")}` : "");
 }
 
 /** The least of 1, 2, 5, 10, 20, ... that is not below a value. */
 function nice(value) {
   const power = 10 ** Math.floor(Math.log10(value || 1));
   return [1, 2, 5, 10].map((factor) => factor * power).find((one) => one >= value * 0.999);
+}
+
+/** At each point the median of it and those before. */
+function medians(points) {
+  return points.map(([at], index) => {
+    const values = points.slice(Math.max(index - MEDIAN_OF + 1, 0), index + 1).map(([, value]) => value);
+    return [at, values.sort((one, other) => one - other)[values.length >> 1]];
+  });
 }
 
 // What is known from earlier pictures.
@@ -245,11 +257,13 @@ function showFigures(picture) {
 }
 
 function showCharts({ now }) {
-  const { generated, prefilled, first, each } = history;
-  const rates = [{ name: "generated", points: generated }, { name: "prefilled", points: prefilled }];
-  showChart("throughput", rates, whole, " tokens/s", now, false);
-  showChart("ttft", [{ name: "last request", points: first }], seconds, "", now, true);
-  showChart("tpot", [{ name: "last request", points: each }], seconds, "", now, true);
+  for (const name of ["generated", "prefilled"]) {
+    showChart(`${name}-chart`, "tokens/s", history[name], [], whole, now);
+  }
+  for (const name of ["first", "each"]) {
+    const points = history[name];
+    showChart(`${name}-chart`, `median of ${MEDIAN_OF}`, medians(points), points, seconds, now);
+  }
 }
 
 function showSent({ sent_bytes: sent }) {
@@ -275,6 +289,7 @@ function show(picture) {
   document.querySelector("main").hidden = false;
   remember(picture);
   giveNumbers(picture.requests);
+  picture.requests.sort((one, other) => numbers.get(one.id) - numbers.get(other.id));
   showFigures(picture);
   showRanks(picture);
   showRequests(picture);
@@ -314,10 +329,10 @@ async function listen() {
   }
   if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
   forget();
-  for await (const picture of events(answer)) {
+  for await (const { engine, ...server } of events(answer)) {
     heard = Date.now();
-    tell(picture.error ? "error" : "live", picture.error ?? "live");
-    show(picture);
+    tell(server.error ? "error" : "live", server.error ?? "live");
+    show({ ...engine, ...server });
   }
 }
 
