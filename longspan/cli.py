@@ -17,6 +17,7 @@ import typer
 
 import longspan
 from longspan.cli_calibrate import calibrate
+from longspan.cli_chat import chat
 from longspan.cli_plan import plan
 from longspan.config import EngineConfig
 from longspan.errors import InvalidRequestError, LongspanError, RankFailedError
@@ -161,6 +162,7 @@ def _terminate(*_: object) -> None:
     raise SystemExit(_TERMINATED)
 
 
+_command(chat)
 _command(plan)
 _command(calibrate)
 

@@ -31,3 +31,7 @@ class OverloadedError(LongspanError, RuntimeError):
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ServerError(LongspanError, RuntimeError):
+    """A server that was asked can't be reached, or has refused; the message says why."""

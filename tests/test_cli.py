@@ -109,9 +109,10 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_names_the_commands() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    assert re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)[-5:] == [
+    assert re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)[-6:] == [
         "generate",
         "serve",
+        "chat",
         "plan",
         "calibrate",
         "demo",

@@ -38,6 +38,10 @@ class Ledger:
     def num_used(self, rank: int) -> int:
         return self.num_pages[rank] - self.free[rank]
 
+    def num_idle(self, rank: int) -> int:
+        """How many of a rank's free pages hold keys that the cache knows."""
+        return len(self._idle[rank])
+
     def is_idle(self, place: Place) -> bool:
         """Whether a page in the cache has no owner."""
         return place.page in self._idle[place.rank]

@@ -37,6 +37,8 @@ class Scheduler:
         self.cost = cost
         self.waiting: list[Request] = []
         """In the order in which they are admitted."""
+        self.num_prefilled = self.num_generated = 0
+        """Prompt tokens that have been computed, again after a preemption, and tokens drawn."""
         self._running = Running(ledger)
         self._steps: dict[int, Step] = {}
         """The step that each busy rank is at."""
@@ -114,6 +116,7 @@ class Scheduler:
             if request.finish_reason is None:
                 request.append(sampled)
                 drawn.append(request)
+        self.num_generated += len(drawn)
         for request in requests.values():
             if request.finish_reason is not None:
                 self._running.release(request)
@@ -284,6 +287,7 @@ class Scheduler:
         """Count a request's tokens before `end` as computed; its full pages may be shared."""
         size, before = self.ledger.page_size, request.num_computed
         request.num_computed = end
+        self.num_prefilled += max(min(end, len(request.prompt_token_ids)) - before, 0)
         if request.num_pending <= 1:
             self._running.prefilling.pop(request, None)
         filled = range(before // size, end // size)

@@ -12,6 +12,8 @@ from starlette.responses import Response
 
 import longspan
 from longspan.server import errors
+from longspan.server.dashboard.feed import Feed
+from longspan.server.dashboard.page import add_page
 from longspan.server.events import EventStream
 from longspan.server.guards import KeyGuard, SizeGuard
 from longspan.server.protocol import (
@@ -57,6 +59,7 @@ def build_app(serving: Serving) -> FastAPI:
     _add_generation(app, serving)
     _add_tokens(app, serving)
     _add_state(app, serving)
+    _add_dashboard(app, serving)
     return app
 
 
@@ -166,3 +169,15 @@ def _add_state(app: FastAPI, serving: Serving) -> None:
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_dashboard(app: FastAPI, serving: Serving) -> None:
+    """A page for people; it is no part of the API, so not of its description."""
+    add_page(app)
+
+    @app.get("/dashboard/events", include_in_schema=False)
+    async def dashboard_events() -> Response:
+        """Events that tell what the ranks do, for as long as anybody listens."""
+        return EventStream(
+            Feed(serving.engine, serving.recent, serving.model).events(), lambda: None
+        )

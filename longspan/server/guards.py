@@ -7,9 +7,10 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from longspan.server.dashboard.page import FILES
 from longspan.server.errors import error_response
 
-OPEN_PATHS = frozenset({"/health", "/version", "/metrics", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/version", "/metrics", "/docs", "/openapi.json", *FILES})
 """What needs no key: nothing in it is anybody's prompt or output."""
 
 

@@ -21,6 +21,7 @@ from longspan.outputs import RequestOutput
 from longspan.sampling_params import SamplingParams
 from longspan.server.answers import Answer, ChatChoices, Choices, TextChoices, Usage
 from longspan.server.config import ServerConfig
+from longspan.server.dashboard.recent import Recent
 from longspan.server.errors import ModelNotFoundError, error_body, status_of
 from longspan.server.events import (
     DONE,
@@ -53,6 +54,7 @@ class Serving:
         self.begun = int(time.time())
         self.tokenizing = Tokenizing(engine.engine.tokenizer, model)
         self.metrics = Metrics(engine, self.model)
+        self.recent = Recent()
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFoundError unless it is the name of the model, or none."""
@@ -182,6 +184,7 @@ class Serving:
         stream.abort()
         record.end()
         self.metrics.count(record)
+        self.recent.add(record)
 
     async def _events(
         self, stream: Stream, answer: Answer, record: Record, usage: bool
