@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longspan.attention.kernel import kernel_for
 from longspan.attention.state import AttentionState, merge
-from longspan.parallel.blockwise import attend
+from longspan.attention.work import Share, Work
 from longspan.parallel.exchange import Exchange, LayerExchange
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.tiles import tiles
@@ -59,7 +59,8 @@ def attention(
     _check_once(kv_positions)
     shard = _shard(0, q_positions.tolist(), kv_positions.tolist(), causal)
     state = AttentionState.empty(len(q), q.shape[1], q.shape[2], q.device)
-    attend(state, q, [kv], tiles(shard, shard), kernel_for(q.device), _scale(scale, q))
+    work = Work([Share(0, tiles(shard, shard), [slice(0, len(k))])])
+    kernel_for(q.device)(state, q, kv, work, scale=_scale(scale, q))
     return state
 
 
@@ -102,13 +103,12 @@ def context_parallel_attention(
     kv, kv_positions = _ascending(k, v, kv_positions)
     shards = _gather_shards(q_positions, kv_positions, sizes, causal, q.device, group)
     layer = LayerExchange(
-        Exchange([Segment("", strategy, shards)], transport),
+        Exchange([Segment("", strategy, shards)], transport, [[slice(0, len(k))]]),
         queries=[q],
-        keys=[[kv]],
+        kv=kv,
         kernel=kernel_for(q.device),
         scale=_scale(scale, q),
-        shape=(q.shape[1], k.shape[1], q.shape[2]),
-        like=q,
+        num_heads=q.shape[1],
     )
     (state,) = finish(STRATEGIES[strategy](layer))
     return state

@@ -5,21 +5,31 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longspan.attention import cpu, reference
+from longspan.attention import cpu, native, reference
 from longspan.attention.state import AttentionState
+from longspan.attention.tiled import tiled
+from longspan.attention.work import Work
 
 
 class Kernel(Protocol):
-    """Attention of q [T, H, D] over k, v [S, G, D] on one device, as a float32 state.
+    """Merges attention of q [T, H, D] over some of the keys kv [2, G, S, D] into a state, in place.
 
-    With `causal`, T equals S and query t sees keys 0 to t. No queries and no keys are normal.
+    `work` says which queries see which keys, and the state is of all T queries. `scale` multiplies
+    the scores. No queries and no keys are normal.
     """
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False
-    ) -> AttentionState: ...
+        self, state: AttentionState, q: Tensor, kv: Tensor, work: Work, *, scale: float
+    ) -> None: ...
 
 
 def kernel_for(device: torch.device) -> Kernel:
-    """The kernel for a device; off the CPU that is for now the reference, exact but slow."""
-    return cpu.attention if device.type == "cpu" else reference.attention
+    """The kernel for a device.
+
+    On a CPU that is Longspan's own, compiled at first use, or where there is no compiler PyTorch's;
+    off the CPU for now the reference, exact but slow.
+    """
+    if device.type != "cpu":
+        return tiled(reference.attention)
+    library = native.library()
+    return tiled(cpu.attention) if library is None else native.Native(library)

@@ -44,7 +44,7 @@ def _answers(
     answers = {}
     for (rank, index), q in questions.items():
         answers[rank, index] = state = layer.empty_state(len(q))
-        layer.attend(index, state, q, rank, layer.keys[index], layer.exchange.rank)
+        layer.attend(index, state, q, rank)
     return answers
 
 

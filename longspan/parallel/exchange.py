@@ -9,10 +9,10 @@ from torch import Tensor
 
 from longspan.attention.kernel import Kernel
 from longspan.attention.state import AttentionState
-from longspan.parallel.blockwise import Blocks, attend
+from longspan.attention.work import MIN_VIEW_KEYS, Share, Work
 from longspan.parallel.ring import Ring
 from longspan.parallel.routes import Routes
-from longspan.parallel.tiles import Tile, tiles
+from longspan.parallel.tiles import tiles
 from longspan.parallel.transport import Message, Transport, Wait
 from longspan.plan import Segment
 
@@ -26,15 +26,23 @@ class Exchange:
 
     It is worked out at first use and serves every layer of the step. `segments` are all those of
     the strategy in which this rank has a share; for pass-KV, whose keys pass through ranks that
-    may have no use for them, all ranks of the ring must have the same segments.
+    may have no use for them, all ranks of the ring must have the same segments. `ranges` say for
+    each segment where this rank's keys lie among those that it attends to.
     """
 
-    def __init__(self, segments: Sequence[Segment], transport: Transport) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        transport: Transport,
+        ranges: Sequence[Sequence[slice]],
+    ) -> None:
         self.segments = segments
+        self.ranges = ranges
         self.transport = transport
         self.rank = transport.rank
-        self._tiles: dict[tuple[int, int, int], list[Tile]] = {}
+        self._work: dict[tuple[int, int, int], Work] = {}
         self._seeing: dict[tuple[int, int], list[int]] = {}
+        self._slots: dict[int, Tensor] = {}
 
     @cached_property
     def ranks(self) -> list[int]:
@@ -81,29 +89,42 @@ class Exchange:
         """How many tokens' keys of some segments a rank has."""
         return sum(self.num_keys(index, rank) for index in indices)
 
-    def tiles(self, index: int, queries_on: int, keys_on: int) -> list[Tile]:
+    def work(self, index: int, queries_on: int, keys_on: int) -> Work:
+        """One segment's queries of one rank over its keys of another, which travel or lie here."""
         key = (index, queries_on, keys_on)
-        if key not in self._tiles:
-            segment = self.segments[index]
-            self._tiles[key] = tiles(segment.shard(queries_on), segment.shard(keys_on))
-        return self._tiles[key]
+        if key not in self._work:
+            queries, keys = (self.segments[index].shard(rank) for rank in (queries_on, keys_on))
+            here = keys_on == self.rank
+            ranges = self.ranges[index] if here else [slice(0, keys.num_keys)]
+            self._work[key] = Work([Share(0, tiles(queries, keys), ranges)])
+        return self._work[key]
+
+    def copy_own(self, index: int, kv: Tensor, to: Tensor) -> None:
+        """Copy this rank's keys and values of one segment, which lie in kv, to [2, G, S, D]."""
+        ranges = self.ranges[index]
+        if len(ranges) == 1 or self.num_keys(index, self.rank) >= MIN_VIEW_KEYS * len(ranges):
+            torch.cat([kv[:, :, place] for place in ranges], dim=2, out=to)
+            return
+        if index not in self._slots:
+            slots = [torch.arange(place.start, place.stop) for place in ranges]
+            self._slots[index] = torch.cat(slots).to(kv.device)
+        torch.index_select(kv, 2, self._slots[index], out=to)
 
 
 @dataclass(frozen=True)
 class LayerExchange:
     """An exchange in one layer: this rank's tensors of each segment, and the arithmetic on them.
 
-    `queries[i]` is [T_i, H, D]; `keys[i]` the blocks [2, G, S, D] of this rank's share; empty
-    tensors where the rank has none. `like` is any tensor of the messages' dtype and device.
+    `queries[i]` is [T_i, H, D] of each segment, empty where the rank has none; `kv` [2, G, N, D]
+    has this rank's keys and values of all of them, at the exchange's `ranges`.
     """
 
     exchange: Exchange
     queries: Sequence[Tensor]
-    keys: Sequence[Blocks]
+    kv: Tensor
     kernel: Kernel
     scale: float
-    shape: tuple[int, int, int]
-    like: Tensor
+    num_heads: int
 
     def send(self, label: str, sends: Sequence[Message], receives: Sequence[Message]) -> Wait:
         return self.exchange.transport.exchange(label, sends, receives)
@@ -112,33 +133,31 @@ class LayerExchange:
         return [self.empty_state(len(q)) for q in self.queries]
 
     def empty_state(self, tokens: int) -> AttentionState:
-        heads, _, head_dim = self.shape
-        return AttentionState.empty(tokens, heads, head_dim, self.like.device)
+        return AttentionState.empty(tokens, self.num_heads, self.kv.shape[3], self.kv.device)
 
     def empty_queries(self, tokens: int) -> Tensor:
-        heads, _, head_dim = self.shape
-        return self.like.new_empty(tokens, heads, head_dim)
+        return self.kv.new_empty(tokens, self.num_heads, self.kv.shape[3])
 
     def empty_packed_states(self, tokens: int) -> Tensor:
         """Room for states as they travel: `out` and `lse` side by side, float32."""
-        heads, _, head_dim = self.shape
-        return self.like.new_empty(tokens, heads, head_dim + 1, dtype=torch.float32)
+        shape = (tokens, self.num_heads, self.kv.shape[3] + 1)
+        return self.kv.new_empty(shape, dtype=torch.float32)
 
     def key_numbers(self, tokens: int) -> int:
         """How many numbers the keys and values of so many tokens are."""
-        _, kv_heads, head_dim = self.shape
+        _, kv_heads, _, head_dim = self.kv.shape
         return tokens * 2 * kv_heads * head_dim
 
     def empty_keys(self, tokens: int) -> Tensor:
         """Room for the packed keys and values of so many tokens: flat, as they travel."""
-        return self.like.new_empty(self.key_numbers(tokens))
+        return self.kv.new_empty(self.key_numbers(tokens))
 
     def pack_keys(self, indices: Sequence[int]) -> Tensor:
         """This rank's keys and values of some segments, one [2, G, S, D] after the other, flat."""
         origin = self.exchange.rank
         packed = self.empty_keys(self.exchange.count_keys(indices, origin))
         for index, part in zip(indices, self._unpack(packed, indices, origin), strict=True):
-            torch.cat(tuple(self.keys[index]), dim=2, out=part)
+            self.exchange.copy_own(index, self.kv, part)
         return packed
 
     def cut(
@@ -150,38 +169,31 @@ class LayerExchange:
         parts = dict(zip(indices, self._unpack(packed, indices, origin), strict=True))
         return torch.cat([parts[index].flatten() for index in rest])
 
-    def attend(
-        self,
-        index: int,
-        state: AttentionState,
-        q: Tensor,
-        queries_on: int,
-        keys: Blocks,
-        keys_on: int,
-    ) -> None:
-        """Merge one segment's attention into `state`: queries of one rank, keys of another."""
-        found = self.exchange.tiles(index, queries_on, keys_on)
-        attend(state, q, keys, found, self.kernel, self.scale)
+    def attend(self, index: int, state: AttentionState, q: Tensor, queries_on: int) -> None:
+        """Merge attention of one segment's queries of some rank over this rank's keys."""
+        work = self.exchange.work(index, queries_on, self.exchange.rank)
+        self.kernel(state, q, self.kv, work, scale=self.scale)
 
     def absorb_own(self, states: Sequence[AttentionState]) -> None:
         """Merge attention of this rank's queries over its own keys into `states`."""
         rank = self.exchange.rank
         for index in self.exchange.seeing(rank, rank):
-            q = self.queries[index]
-            self.attend(index, states[index], q, rank, self.keys[index], rank)
+            self.attend(index, states[index], self.queries[index], rank)
 
     def absorb_block(
         self, states: Sequence[AttentionState], block: Tensor, indices: Sequence[int], origin: int
     ) -> None:
         """Merge attention over another rank's packed keys of the segments `indices`."""
         rank = self.exchange.rank
-        for index, keys in zip(indices, self._unpack(block, indices, origin), strict=True):
-            if len(self.queries[index]):
-                self.attend(index, states[index], self.queries[index], rank, [keys], origin)
+        for index, kv in zip(indices, self._unpack(block, indices, origin), strict=True):
+            q = self.queries[index]
+            if len(q):
+                work = self.exchange.work(index, rank, origin)
+                self.kernel(states[index], q, kv, work, scale=self.scale)
 
     def _unpack(self, packed: Tensor, indices: Sequence[int], origin: int) -> list[Tensor]:
         """Views [2, G, S, D] of each segment's keys from one rank in a packed message."""
-        _, kv_heads, head_dim = self.shape
+        _, kv_heads, _, head_dim = self.kv.shape
         tokens = [self.exchange.num_keys(index, origin) for index in indices]
         parts = torch.split(packed, [self.key_numbers(count) for count in tokens])
         return [

@@ -2,17 +2,9 @@
 
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import NamedTuple
 
+from longspan.attention.work import Tile
 from longspan.plan import Run, Shard
-
-
-class Tile(NamedTuple):
-    """Queries `rows` of one shard over keys `keys` of another: all, or a causal square."""
-
-    rows: slice
-    keys: slice
-    causal: bool
 
 
 def tiles(queries: Shard, keys: Shard) -> list[Tile]:

@@ -5,11 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longspan.parallel.blockwise import Blocks
 from longspan.plan import Extent
-
-MIN_VIEW_TOKENS = 256
-"""Extents shorter than this on average are copied together: a call for each would cost more."""
 
 
 class KVPool:
@@ -38,7 +34,7 @@ class KVPool:
 
     def slots(self, extents: Sequence[Extent], first: int, last: int) -> Tensor:
         """The slots [last - first] of tokens first .. last - 1 of a request's share."""
-        ranges = self._ranges(extents, first, last)
+        ranges = self.ranges(extents, first, last)
         return torch.cat([torch.arange(r.start, r.stop) for r in ranges]).to(self.data.device)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -46,14 +42,8 @@ class KVPool:
         for pool, tensor in zip(self.data[layer], (k, v), strict=True):
             pool.index_copy_(1, slots, tensor.transpose(0, 1))
 
-    def locate(self, extents: Sequence[Extent], tokens: int) -> list[slice] | Tensor:
-        """Where the first `tokens` tokens of a share lie: slot ranges, or slots if scattered."""
-        if tokens < MIN_VIEW_TOKENS * len(extents) and len(extents) > 1:
-            return self.slots(extents, 0, tokens)
-        return self._ranges(extents, 0, tokens)
-
-    def _ranges(self, extents: Sequence[Extent], first: int, last: int) -> list[slice]:
-        """Where tokens first .. last - 1 lie, as ranges of slots."""
+    def ranges(self, extents: Sequence[Extent], first: int, last: int) -> list[slice]:
+        """Where tokens first .. last - 1 of a request's share lie, as ranges of slots."""
         ranges = []
         for extent in extents:
             start, length = extent.start * self.page_size, extent.length * self.page_size
@@ -61,12 +51,6 @@ class KVPool:
                 ranges.append(slice(start + max(first, 0), start + min(last, length)))
             first, last = first - length, last - length
         return ranges
-
-    def read(self, layer: int, places: list[slice] | Tensor) -> Blocks:
-        """The keys and values at `places` in one layer, in order: blocks [2, G, S, D]."""
-        if isinstance(places, Tensor):
-            return [self.data[layer].index_select(2, places)]
-        return [self.data[layer, :, :, place] for place in places]
 
     def read_pages(self, extents: Sequence[Extent]) -> Tensor:
         """A contiguous copy of whole pages in all layers, in order: [L, 2, G, S, D]."""

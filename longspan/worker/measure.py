@@ -7,6 +7,7 @@ from statistics import median
 import torch
 
 from longspan.attention.state import AttentionState
+from longspan.attention.work import Share, Tile, Work
 from longspan.cost.samples import (
     AttentionSample,
     MessageKind,
@@ -15,8 +16,6 @@ from longspan.cost.samples import (
     Samples,
     StepSample,
 )
-from longspan.parallel.blockwise import attend
-from longspan.parallel.tiles import Tile
 from longspan.plan import Extent, Part, RankPlan, Run, Sampling, Segment, Shard
 from longspan.topology import Link
 from longspan.worker.model_runner import ModelRunner
@@ -135,8 +134,9 @@ class _Measurement:
         q = like.new_empty(queries, spec.num_heads, spec.head_dim).normal_()
         block = like.new_empty(2, spec.num_kv_heads, keys, spec.head_dim).normal_()
         tile = Tile(slice(0, queries), slice(0, keys), causal=False)
+        work = Work([Share(0, [tile], [slice(0, keys)])])
         state = AttentionState.empty(queries, spec.num_heads, spec.head_dim, runner.device)
-        return lambda: attend(state, q, [block], [tile], runner.kernel, runner.scale[0])
+        return lambda: runner.kernel(state, q, block, work, scale=runner.scale[0])
 
     def _messages(
         self,

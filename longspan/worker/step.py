@@ -8,10 +8,10 @@ from torch import Tensor
 
 from longspan.attention.kernel import Kernel
 from longspan.attention.state import AttentionState
-from longspan.parallel.blockwise import attend
+from longspan.attention.work import Share, Work
 from longspan.parallel.exchange import Exchange, LayerExchange
 from longspan.parallel.strategies import STRATEGIES, finish
-from longspan.parallel.tiles import Tile, tiles
+from longspan.parallel.tiles import tiles
 from longspan.parallel.transport import Transport
 from longspan.plan import Part, RankPlan
 from longspan.worker.kv_pool import KVPool
@@ -19,11 +19,11 @@ from longspan.worker.kv_pool import KVPool
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of the plan with this rank's rows of the packed batch and places in the pool."""
+    """A part of the plan with this rank's rows of the packed batch and ranges of the pool."""
 
     part: Part
     rows: slice
-    places: list[slice] | Tensor
+    ranges: list[slice]
 
 
 class Step:
@@ -45,21 +45,22 @@ class Step:
         pieces, positions, slots = self._lay_out(plan, transport.rank)
         self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
         self.slots = torch.cat(slots) if slots else self.token_ids
-        self._local: list[tuple[_Piece, list[Tile]]] = []
+        local: list[Share] = []
         shared: dict[tuple[str, tuple[int, ...]], list[_Piece]] = {}
         for piece in pieces:
             segment = piece.part.segment
             if segment.strategy == "local":
                 shard = segment.shard(transport.rank)
-                self._local.append((piece, tiles(shard, shard)))
+                local.append(Share(piece.rows.start, tiles(shard, shard), piece.ranges))
             else:
                 ranks = tuple(shard.rank for shard in segment.shards)
                 key = (segment.strategy, ranks if segment.strategy == "pass_kv" else ())
                 shared.setdefault(key, []).append(piece)
         self._shared = [
-            (strategy, Exchange([p.part.segment for p in group], transport), group)
+            (strategy, _exchange(group, transport), group)
             for (strategy, _), group in sorted(shared.items(), key=lambda item: item[0])
         ]
+        self._local = Work(local)
 
     def _lay_out(self, plan: RankPlan, rank: int) -> tuple[list[_Piece], list[int], list[Tensor]]:
         pieces: list[_Piece] = []
@@ -68,7 +69,7 @@ class Step:
         for part in plan.parts:
             shard = part.segment.shard(rank)
             rows = slice(len(positions), len(positions) + shard.num_queries)
-            pieces.append(_Piece(part, rows, self.pool.locate(part.extents, shard.num_keys)))
+            pieces.append(_Piece(part, rows, self.pool.ranges(part.extents, 0, shard.num_keys)))
             for run in shard.queries:
                 positions += range(run.start, run.end)
             if shard.num_queries:
@@ -84,28 +85,29 @@ class Step:
         """
         self.pool.write(layer, self.slots, k, v)
         state = AttentionState.empty(len(q), q.shape[1], q.shape[2], q.device)
-        shape = (q.shape[1], k.shape[1], q.shape[2])
+        kv = self.pool.data[layer]
         jobs = []
         for strategy, exchange, pieces in self._shared:
             job = STRATEGIES[strategy](
                 LayerExchange(
                     exchange,
                     queries=[q[piece.rows] for piece in pieces],
-                    keys=[self.pool.read(layer, piece.places) for piece in pieces],
+                    kv=kv,
                     kernel=self.kernel,
                     scale=self.scale[layer],
-                    shape=shape,
-                    like=self.pool.data,
+                    num_heads=q.shape[1],
                 )
             )
             next(job)
             jobs.append((job, pieces))
-        for piece, found in self._local:
-            keys = self.pool.read(layer, piece.places)
-            attend(state[piece.rows], q[piece.rows], keys, found, self.kernel, self.scale[layer])
+        self.kernel(state, q, kv, self._local, scale=self.scale[layer])
         for job, pieces in jobs:
             _place(state, pieces, finish(job))
         return state.out
+
+
+def _exchange(pieces: Sequence[_Piece], transport: Transport) -> Exchange:
+    return Exchange([p.part.segment for p in pieces], transport, [p.ranges for p in pieces])
 
 
 def _place(

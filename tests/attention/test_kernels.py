@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from longspan.attention import cpu, reference
-from longspan.attention.kernel import Kernel, kernel_for
 from longspan.attention.state import AttentionState
+from longspan.attention.tiled import Attention
 
 torch.set_num_threads(1)
 
@@ -115,7 +115,7 @@ def test_cpu_is_the_reference_on_causal_squares(heads: tuple[int, int], head_dim
 
 @each_kernel
 @each_heads
-def test_scale_multiplies_the_scores(kernel: Kernel, heads: tuple[int, int]) -> None:
+def test_scale_multiplies_the_scores(kernel: Attention, heads: tuple[int, int]) -> None:
     q, k, v = inputs(3, 40, heads, 64)
     for scale in (0.0, 0.05, 1.0):
         expected = attention_in_float64(q * scale, k, v, scale=1.0)
@@ -128,7 +128,7 @@ def test_scale_multiplies_the_scores(kernel: Kernel, heads: tuple[int, int]) -> 
 @each_heads
 @pytest.mark.parametrize(("tokens", "keys"), [(0, 0), (0, 5), (5, 0), (1, 0)])
 def test_no_queries_and_no_keys_are_normal(
-    kernel: Kernel, heads: tuple[int, int], tokens: int, keys: int
+    kernel: Attention, heads: tuple[int, int], tokens: int, keys: int
 ) -> None:
     q, k, v = inputs(tokens, keys, heads, 64)
     nothing = AttentionState.empty(tokens, heads[0], 64, q.device)
@@ -139,7 +139,7 @@ def test_no_queries_and_no_keys_are_normal(
 
 @each_kernel
 @pytest.mark.parametrize("causal", [False, True])
-def test_one_token_over_itself_is_its_value(kernel: Kernel, causal: bool) -> None:
+def test_one_token_over_itself_is_its_value(kernel: Attention, causal: bool) -> None:
     q, k, v = inputs(1, 1, (4, 2), 64)
     state = kernel(q, k, v, scale=0.125, causal=causal)
     shared = [0, 0, 1, 1]
@@ -149,7 +149,7 @@ def test_one_token_over_itself_is_its_value(kernel: Kernel, causal: bool) -> Non
 
 @each_kernel
 @each_heads
-def test_shards_of_any_size_merge_to_the_whole(kernel: Kernel, heads: tuple[int, int]) -> None:
+def test_shards_of_any_size_merge_to_the_whole(kernel: Attention, heads: tuple[int, int]) -> None:
     sizes = [0, 1, 130, 0, 7, 62]
     q, k, v = inputs(9, sum(sizes), heads, 64)
     state = AttentionState.empty(9, heads[0], 64, q.device)
@@ -180,7 +180,7 @@ def every_other_token(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("view", [interleaved, heads_first, every_other_token])
 def test_strides_change_nothing(
-    kernel: Kernel,
+    kernel: Attention,
     heads: tuple[int, int],
     causal: bool,
     view: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
@@ -199,7 +199,7 @@ def test_strides_change_nothing(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("causal", [False, True])
 def test_half_precision_gives_the_float32_state_of_the_widened_inputs(
-    kernel: Kernel, heads: tuple[int, int], dtype: torch.dtype, causal: bool
+    kernel: Attention, heads: tuple[int, int], dtype: torch.dtype, causal: bool
 ) -> None:
     q, k, v = inputs(70, 70, heads, 64, dtype)
     state = kernel(q, k, v, scale=0.125, causal=causal)
@@ -216,7 +216,3 @@ def test_inputs_stay_as_they_are() -> None:
         after = inputs(5, 5, (4, 2), 64)
         kernel(*after, scale=0.125, causal=causal)
         assert all(map(torch.equal, before, after))
-
-
-def test_the_cpu_has_its_own_kernel() -> None:
-    assert kernel_for(torch.device("cpu")) is cpu.attention

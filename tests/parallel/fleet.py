@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longspan.attention import cpu
+from longspan.attention.kernel import kernel_for
 from longspan.attention.reference import masked_attention
 from longspan.attention.state import AttentionState
 from longspan.parallel.exchange import Exchange, LayerExchange
@@ -127,19 +127,31 @@ def tokens(runs: Runs) -> list[int]:
     return [token for run in runs for token in range(run.start, run.end)]
 
 
-def share(request: Request, rank: int, shape: Shape) -> tuple[Tensor, list[Tensor]]:
-    """One rank's queries and blocks [2, G, S, D] of a request, cached tokens in any order."""
+def share(request: Request, rank: int, shape: Shape) -> tuple[Tensor, Tensor]:
+    """One rank's queries and keys [2, G, S, D] of a request, cached tokens in any order."""
     q, kv = whole(request.num_cached, request.num_new, shape)
     if rank not in request.ranks:
-        return q[:0], []
+        return q[:0], kv[:0].permute(1, 2, 0, 3)
     place = request.ranks.index(rank)
     generator = torch.Generator().manual_seed(request.num_cached)
     shuffled = torch.randperm(request.num_cached, generator=generator)
     cached = torch.split(shuffled, list(request.cached))[place].tolist()
     new = [request.num_cached + token for token in tokens(request.keys[place])]
-    keys = kv[cached + new].permute(1, 2, 0, 3)
-    cut = keys.shape[2] // 3
-    return q[tokens(request.queries[place])], [keys[:, :, :cut], keys[:, :, cut:]]
+    return q[tokens(request.queries[place])], kv[cached + new].permute(1, 2, 0, 3)
+
+
+def pool_of(shares: Sequence[Tensor], shape: Shape) -> tuple[Tensor, list[list[slice]]]:
+    """Shares of several requests in one pool [2, G, N, D], each in two parts, out of order."""
+    parts = [part for keys in shares for part in keys.tensor_split([keys.shape[2] // 3], dim=2)]
+    places: list[slice] = []
+    end = 0
+    for part in reversed(parts):
+        places.append(slice(end, end + part.shape[2]))
+        end = places[-1].stop
+    places.reverse()
+    nothing = torch.empty(2, shape.kv_heads, 0, shape.head_dim, dtype=shape.dtype)
+    pool = torch.cat([*reversed(parts), nothing], dim=2)
+    return pool, [places[2 * i : 2 * i + 2] for i in range(len(shares))]
 
 
 def layer_of(
@@ -150,14 +162,15 @@ def layer_of(
 ) -> LayerExchange:
     """The requests as one exchange, seen from one rank."""
     shares = [share(request, transport.rank, shape) for request in requests]
+    pool, ranges = pool_of([keys for _, keys in shares], shape)
+    segments = [request.segment(strategy) for request in requests]
     return LayerExchange(
-        Exchange([request.segment(strategy) for request in requests], transport),
+        Exchange(segments, transport, ranges),
         queries=[q for q, _ in shares],
-        keys=[keys for _, keys in shares],
-        kernel=cpu.attention,
+        kv=pool,
+        kernel=kernel_for(pool.device),
         scale=shape.scale,
-        shape=(shape.heads, shape.kv_heads, shape.head_dim),
-        like=torch.empty(0, dtype=shape.dtype),
+        num_heads=shape.heads,
     )
 
 

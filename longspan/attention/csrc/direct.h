@@ -1,0 +1,152 @@
+// Attention of few queries, as in decode: keys are read once, where they lie, for all query heads of
+// their group. The speed is that of memory.
+#pragma once
+
+#include "task.h"
+
+namespace {
+
+template <typename T>
+class Direct {
+  public:
+    explicit Direct(const Call<T>& call) : call_(call), depth_(call.head_dim) {
+        scratch.lay_out({FEW * depth_, FEW * depth_, FEW * NB}, {&queries_, &sums_, &scores_});
+    }
+
+    Result run(const Task& task) {
+        const int64_t rows = task.rows * call_.group;
+        for (int64_t r = 0; r < FEW; ++r) {
+            const int64_t row = task.row + r / call_.group;
+            const int64_t head = task.head * call_.group + r % call_.group;
+            const T* from = call_.q + row * call_.q_row + head * call_.q_head;
+            for (int64_t d = 0; d < depth_; ++d)
+                queries_[r * depth_ + d] = r < rows ? widen(from[d]) * call_.scale * LOG2E : 0.0f;
+        }
+        std::fill_n(sums_, FEW * depth_, 0.0f);
+        std::fill_n(most_, FEW, NONE);
+        std::fill_n(total_, FEW, 0.0f);
+        if (rows == 1) attend<1>(task);
+        else if (rows == 2) attend<2>(task);
+        else if (rows <= 4) attend<4>(task);
+        else attend<8>(task);
+        return {sums_, most_, total_};
+    }
+
+    int64_t width() const { return depth_; }
+
+  private:
+    template <int ROWS>
+    void attend(const Task& task) {
+        for (const Span& span : task.spans)
+            for (int64_t first = 0; first < span.keys; first += NB) {
+                const int64_t keys = std::min<int64_t>(NB, span.keys - first);
+                const T* k = call_.k + task.head * call_.k_head + (span.key + first) * call_.k_slot;
+                const T* v = call_.v + task.head * call_.v_head + (span.key + first) * call_.v_slot;
+                score<ROWS>(k, v, keys);
+                if (span.causal)
+                    for (int r = 0; r < ROWS; ++r)
+                        for (int64_t j = std::max<int64_t>(r / call_.group - first + 1, 0);
+                             j < keys; ++j)
+                            scores_[j * ROWS + r] = NONE;
+                float factors[ROWS];
+                soften<ROWS>(keys, factors);
+                int64_t d = 0;
+                constexpr int WIDE = 8 / ROWS;  // vectors: 8 accumulators
+                for (; d + WIDE * VL <= depth_; d += WIDE * VL)
+                    weigh<ROWS, WIDE>(v + d, keys, sums_ + d, factors);
+                for (; d < depth_; d += VL) weigh<ROWS, 1>(v + d, keys, sums_ + d, factors);
+            }
+    }
+
+    // Scores [keys, ROWS]; the values that will be read next are called up.
+    template <int ROWS>
+    void score(const T* k, const T* v, int64_t keys) {
+        constexpr int KEYS = 8 / ROWS;  // 8 accumulators
+        int64_t j = 0;
+        for (; j + KEYS <= keys; j += KEYS) {
+            Vector sums[8] = {};
+            for (int64_t d = 0; d < depth_; d += VL) {
+                Vector x[KEYS];
+#pragma GCC unroll 8
+                for (int i = 0; i < KEYS; ++i) x[i] = load(k + (j + i) * call_.k_slot + d);
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; ++r) {
+                    const Vector q = load(queries_ + r * depth_ + d);
+#pragma GCC unroll 8
+                    for (int i = 0; i < KEYS; ++i) sums[i * ROWS + r] += q * x[i];
+                }
+            }
+            for (int i = 0; i < KEYS; ++i)
+                for (int64_t d = 0; d < depth_; d += 64 / static_cast<int64_t>(sizeof(T)))
+                    __builtin_prefetch(v + (j + i) * call_.v_slot + d);
+            sum4(sums[0], sums[1], sums[2], sums[3], scores_ + j * ROWS);
+            sum4(sums[4], sums[5], sums[6], sums[7], scores_ + j * ROWS + 4);
+        }
+        for (; j < keys; ++j)
+            for (int r = 0; r < ROWS; ++r) {
+                Vector sums = {};
+                for (int64_t d = 0; d < depth_; d += VL)
+                    sums += load(queries_ + r * depth_ + d) * load(k + j * call_.k_slot + d);
+                scores_[j * ROWS + r] = sum(sums);
+            }
+    }
+
+    // Scores [keys, ROWS] become weights, for all rows at once: a vector has several keys' scores.
+    template <int ROWS>
+    void soften(int64_t keys, float* factors) {
+        const int64_t all = up(keys * ROWS, VL);
+        for (int64_t i = keys * ROWS; i < all; ++i) scores_[i] = NONE;
+        Vector high = load(scores_);
+        for (int64_t i = VL; i < all; i += VL) {
+            const Vector x = load(scores_ + i);
+            high = high > x ? high : x;
+        }
+        Vector maximum = {};
+        for (int r = 0; r < ROWS; ++r) {
+            const float before = most_[r];
+            for (int i = r; i < VL; i += ROWS) most_[r] = std::max(most_[r], high[i]);
+            factors[r] = before == most_[r] ? 1.0f : exp2(before - most_[r]);
+            // A row that has seen no key yet: its scores are all -inf, and so are their differences.
+            for (int i = r; i < VL; i += ROWS) maximum[i] = most_[r] == NONE ? 0.0f : most_[r];
+        }
+        Vector weights = {};
+        for (int64_t i = 0; i < all; i += VL) {
+            const Vector x = exp2(load(scores_ + i) - maximum);
+            store(scores_ + i, x);
+            weights += x;
+        }
+        for (int r = 0; r < ROWS; ++r) {
+            total_[r] *= factors[r];
+            for (int i = r; i < VL; i += ROWS) total_[r] += weights[i];
+        }
+    }
+
+    // A few columns of the sums: sums = factor sums + weights V.
+    template <int ROWS, int WIDE>
+    void weigh(const T* v, int64_t keys, float* sums, const float* factors) {
+        Vector columns[ROWS][WIDE] = {};
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < keys; ++j) {
+            Vector x[WIDE];
+#pragma GCC unroll 8
+            for (int c = 0; c < WIDE; ++c) x[c] = load(v + j * call_.v_slot + c * VL);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                const Vector weight = splat(scores_[j * ROWS + r]);
+#pragma GCC unroll 8
+                for (int c = 0; c < WIDE; ++c) columns[r][c] += weight * x[c];
+            }
+        }
+        for (int r = 0; r < ROWS; ++r)
+            for (int c = 0; c < WIDE; ++c) {
+                float* to = sums + r * depth_ + c * VL;
+                store(to, splat(factors[r]) * load(to) + columns[r][c]);
+            }
+    }
+
+    const Call<T>& call_;
+    const int64_t depth_;
+    float *queries_, *sums_, *scores_, most_[FEW], total_[FEW];
+};
+
+}  // namespace

@@ -1,0 +1,140 @@
+// Vectors of floats as wide as the target has them, in the types of GCC and Clang.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16, MR = 12;  // floats in a vector; rows of a register tile: 24 accumulators
+#elif defined(__AVX__)
+constexpr int VL = 8, MR = 6;  // 12 accumulators of 16 registers
+#else
+constexpr int VL = 4, MR = 6;
+#endif
+constexpr int NR = 2 * VL;      // columns of a register tile
+
+typedef float Vector __attribute__((vector_size(VL * 4)));
+typedef int32_t Ints __attribute__((vector_size(VL * 4)));
+typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+constexpr float LOG2E = 1.44269504088896340736f;
+constexpr float LN2 = 0.69314718055994530942f;
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+inline Vector splat(float x) { return x - Vector{}; }
+inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+inline void store(float* p, Vector x) { *reinterpret_cast<Unaligned*>(p) = x; }
+
+inline Vector load(const BFloat16* p) {
+#if defined(__AVX512F__)
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+#elif defined(__AVX2__)
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+#else
+    typedef uint16_t Halves __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+    typedef uint32_t Words __attribute__((vector_size(VL * 4)));
+    const Halves halves = *reinterpret_cast<const Halves*>(p);
+    return reinterpret_cast<Vector>(__builtin_convertvector(halves, Words) << 16);
+#endif
+}
+
+inline float widen(float x) { return x; }
+inline float widen(BFloat16 x) {
+    const uint32_t word = static_cast<uint32_t>(x.bits) << 16;
+    float wide;
+    __builtin_memcpy(&wide, &word, sizeof wide);
+    return wide;
+}
+
+inline float widen(Float16 x) {
+    const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+    uint32_t word = (rest << 13) + 0x38000000u;          // normal: exponents are 112 apart
+    if (rest >= 0x7c00u) word += 0x38000000u;            // infinity and NaN
+    float wide;
+    if (rest < 0x0400u) {                                // zero and subnormal
+        wide = static_cast<float>(rest) * 5.9604644775390625e-8f;
+        __builtin_memcpy(&word, &wide, sizeof word);
+    }
+    word |= sign;
+    __builtin_memcpy(&wide, &word, sizeof wide);
+    return wide;
+}
+
+inline Vector load(const Float16* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    Vector x;
+    for (int i = 0; i < VL; ++i) x[i] = widen(p[i]);
+    return x;
+#endif
+}
+
+inline float largest(Vector x) {
+    float most = x[0];
+    for (int i = 1; i < VL; ++i) most = std::max(most, x[i]);
+    return most;
+}
+
+inline float sum(Vector x) {
+    float total = 0;
+    for (int i = 0; i < VL; ++i) total += x[i];
+    return total;
+}
+
+// The sums of four vectors, side by side.
+inline void sum4(Vector a, Vector b, Vector c, Vector d, float* sums) {
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+    const auto half = [](Vector x) {
+        return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    };
+#else
+    const auto half = [](Vector x) { return x; };
+#endif
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)),
+                                        _mm256_hadd_ps(half(c), half(d)));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+    sums[0] = sum(a), sums[1] = sum(b), sums[2] = sum(c), sums[3] = sum(d);
+#endif
+}
+
+// 2^x for x <= 0, 0 below 2^-126: a polynomial of degree 6 (relative error 3e-9) on [-1/2, 1/2].
+inline Vector exp2(Vector x) {
+    const Vector magic = splat(12582912.0f);  // adding it rounds to an integer
+    const Vector clipped = x > splat(-126.0f) ? x : splat(-126.0f);
+    const Vector shifted = clipped + magic;
+    const Vector f = clipped - (shifted - magic);
+    Vector y = splat(1.54697320e-4f);
+    y = y * f + splat(1.34004322e-3f);
+    y = y * f + splat(9.61802560e-3f);
+    y = y * f + splat(5.55032721e-2f);
+    y = y * f + splat(2.40226512e-1f);
+    y = y * f + splat(6.93147207e-1f);
+    y = y * f + splat(1.0f);
+    const Ints exponent = reinterpret_cast<Ints>(shifted) << 23;
+    const Vector power = reinterpret_cast<Vector>(reinterpret_cast<Ints>(y) + exponent);
+    return x > splat(-126.0f) ? power : Vector{};
+}
+
+inline float exp2(float x) { return x > -126.0f ? std::exp2(x) : 0.0f; }
+
+inline int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+}  // namespace

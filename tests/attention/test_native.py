@@ -1,0 +1,301 @@
+"""The compiled kernel, over keys that lie anywhere in a pool, is the reference."""
+
+import logging
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import assert_equal, attention_in_float64
+from torch import Tensor
+
+from longspan.attention import cpu, native, reference
+from longspan.attention.kernel import Kernel, kernel_for
+from longspan.attention.state import AttentionState
+from longspan.attention.tiled import tiled
+from longspan.attention.work import Share, Tile, Work
+
+CPU = torch.device("cpu")
+HEADS = [(8, 2), (16, 2), (14, 2), (6, 6), (8, 1), (2, 1), (9, 1)]
+HEAD_DIMS = [32, 64, 72, 80, 128, 256]
+SHAPES = [(1, 1), (1, 130), (1, 1000), (2, 300), (3, 2), (7, 130), (64, 64), (130, 517), (300, 33)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Kernel:
+    library = native.library()
+    assert library is not None
+    return native.Native(library)
+
+
+def random_inputs(
+    tokens: int,
+    keys: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """q [T, H, D] and kv [2, G, S, D], standard normal."""
+    generator = torch.Generator().manual_seed(tokens * 10_007 + keys * 101 + head_dim)
+    q = torch.randn(tokens, heads[0], head_dim, generator=generator)
+    kv = torch.randn(2, heads[1], keys, head_dim, generator=generator)
+    return q.to(dtype), kv.to(dtype)
+
+
+def whole(tokens: int, keys: int, causal: bool = False) -> Work:
+    tile = Tile(slice(0, tokens), slice(0, keys), causal)
+    return Work([Share(0, [tile] if tokens and keys else [], [slice(0, keys)])])
+
+
+def run(kernel: Kernel, q: Tensor, kv: Tensor, work: Work, scale: float) -> AttentionState:
+    state = AttentionState.empty(len(q), q.shape[1], q.shape[2], q.device)
+    kernel(state, q, kv, work, scale=scale)
+    return state
+
+
+def assert_close(actual: AttentionState, expected: AttentionState) -> None:
+    for ours, theirs in ((actual.out, expected.out), (actual.lse, expected.lse)):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+def test_it_is_the_kernel_of_the_cpu() -> None:
+    assert isinstance(kernel_for(CPU), native.Native)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]}_{heads[1]}")
+def test_it_is_the_reference(
+    kernel: Kernel, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
+) -> None:
+    expected = tiled(reference.attention)
+    for tokens, keys in SHAPES:
+        for causal in (False, True):
+            keys = tokens if causal else keys
+            q, kv = random_inputs(tokens, keys, heads, head_dim, dtype)
+            work = whole(tokens, keys, causal)
+            assert_close(
+                run(kernel, q, kv, work, head_dim**-0.5),
+                run(expected, q.float(), kv.float(), work, head_dim**-0.5),
+            )
+
+
+def test_its_error_is_that_of_float32(kernel: Kernel) -> None:
+    """Against float64 it is no further off than PyTorch's own float32 kernel, but for chance."""
+    q, kv = random_inputs(5, 3000, (8, 2), 64)
+    exact = attention_in_float64(q, *kv.transpose(1, 2), scale=0.125)
+    ours, theirs = (
+        float((run(each, q, kv, whole(5, 3000), 0.125).out.double() - exact.out).abs().max())
+        for each in (kernel, tiled(cpu.attention))
+    )
+    assert ours < 2 * theirs
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1000.0])
+def test_scores_of_any_size(kernel: Kernel, scale: float) -> None:
+    q, kv = random_inputs(40, 300, (4, 2), 64)
+    for tokens in (1, 40):
+        work = whole(tokens, 300)
+        ours = run(kernel, q[:tokens], kv, work, scale)
+        exact = attention_in_float64(q[:tokens], *kv.transpose(1, 2), scale=scale)
+        # A float32 score of this size is this far off, and so are weights, which are its powers.
+        off = 1e-6 * (1 + float(exact.lse.abs().max()))
+        torch.testing.assert_close(ours.lse.double(), exact.lse, atol=off, rtol=1e-5)
+        torch.testing.assert_close(ours.out.double(), exact.out, atol=20 * off, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_lies_beside_the_keys_is_not_read(kernel: Kernel, value: float) -> None:
+    for tokens in (1, 2, 60):
+        q, kv = random_inputs(tokens, 400, (8, 2), 64)
+        first = Work([Share(0, [Tile(slice(0, tokens), slice(0, 133), False)], [slice(7, 140)])])
+        clean = run(kernel, q, kv, first, 0.125)
+        kv[:, :, :7] = kv[:, :, 140:] = value
+        dirty = run(kernel, q, kv, first, 0.125)
+        assert_equal(clean, dirty)
+
+
+def test_no_queries_and_no_keys_are_normal(kernel: Kernel) -> None:
+    for tokens, keys in ((0, 0), (0, 5), (5, 0)):
+        q, kv = random_inputs(tokens, keys, (4, 2), 64)
+        state = run(kernel, q, kv, whole(tokens, keys), 0.125)
+        assert torch.equal(state.out, torch.zeros(tokens, 4, 64))
+        assert torch.equal(state.lse, torch.full((tokens, 4), -math.inf))
+    run(kernel, q, kv, Work([]), 0.125)
+
+
+def test_one_key_gives_its_value(kernel: Kernel) -> None:
+    for dtype in DTYPES:
+        q, kv = random_inputs(1, 1, (4, 2), 64, dtype)
+        state = run(kernel, q, kv, whole(1, 1), 0.125)
+        assert torch.equal(state.out[0], kv[1, [0, 0, 1, 1], 0].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_half_precision_is_widened(kernel: Kernel, dtype: torch.dtype, tokens: int) -> None:
+    q, kv = random_inputs(tokens, 300, (8, 2), 64, dtype)
+    ours = run(kernel, q, kv, whole(tokens, 300), 0.125)
+    wide = run(kernel, q.float(), kv.float(), whole(tokens, 300), 0.125)
+    assert_equal(ours, wide)
+
+
+def token_major(kv: Tensor) -> Tensor:
+    """[S, 2, G, D] in memory, as other engines' pages are."""
+    return kv.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+
+
+def every_other(kv: Tensor) -> Tensor:
+    return kv.repeat_interleave(2, dim=2)[:, :, ::2]
+
+
+def depth_first(kv: Tensor) -> Tensor:
+    return kv.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+@pytest.mark.parametrize("view", [token_major, every_other, depth_first])
+def test_strides_change_nothing(kernel: Kernel, view: Callable[[Tensor], Tensor]) -> None:
+    for tokens in (1, 70):
+        q, kv = random_inputs(tokens, 200, (8, 2), 64)
+        strided = view(kv)
+        assert not strided.is_contiguous()
+        assert torch.equal(strided, kv)
+        asking = torch.stack((q, q, q), dim=1)[:, 1]
+        expected = run(kernel, q, kv, whole(tokens, 200), 0.125)
+        assert_equal(run(kernel, asking, strided, whole(tokens, 200), 0.125), expected)
+
+
+def in_pages(keys: int, size: int, generator: torch.Generator) -> list[slice]:
+    """Pages of a pool that hold so many tokens, in any order; the last one may be partly full."""
+    pages = torch.randperm(-(-keys // size) + 3, generator=generator).tolist()
+    ranges = [slice(page * size, (page + 1) * size) for page in pages[: -(-keys // size)]]
+    if keys % size:
+        ranges[-1] = slice(ranges[-1].start, ranges[-1].start + keys % size)
+    return ranges
+
+
+@st.composite
+def works(draw: st.DrawFn) -> tuple[Work, int]:
+    """Several requests of a step, in pages of a pool: cached keys, then a causal square."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    size = draw(st.sampled_from([1, 3, 16]))
+    shares = []
+    row = slots = 0
+    for _ in range(draw(st.integers(1, 4))):
+        new = draw(st.sampled_from([1, 1, 2, 5, 40, 150]))
+        cached = draw(st.sampled_from([0, 1, 16, 200]))
+        rows = slice(0, new)
+        tiles = [Tile(rows, slice(cached, cached + new), new > 1)]
+        if cached:
+            tiles.insert(0, Tile(rows, slice(0, cached), False))
+        places = in_pages(cached + new, size, generator)
+        ranges = [slice(slots + place.start, slots + place.stop) for place in places]
+        shares.append(Share(row, tiles, ranges))
+        row += new
+        slots += (-(-(cached + new) // size) + 3) * size
+    return Work(shares), slots
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@settings(max_examples=60, deadline=None)
+@given(case=works())
+def test_requests_of_a_step_in_scattered_pages(threads: int, case: tuple[Work, int]) -> None:
+    work, slots = case
+    tokens = sum(max(tile.rows.stop for tile in share.tiles) for share in work.shares)
+    q, kv = random_inputs(tokens, slots, (8, 2), 32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = run(kernel_for(CPU), q, kv, work, 0.2)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(ours, run(tiled(reference.attention), q, kv, work, 0.2))
+    assert_close(ours, run(tiled(cpu.attention), q, kv, work, 0.2))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("tokens", [1, 2, 50])
+def test_long_contexts_are_split_over_threads(kernel: Kernel, threads: int, tokens: int) -> None:
+    q, kv = random_inputs(tokens, 9_001, (8, 2), 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours = run(kernel, q, kv, whole(tokens, 9_001), 0.125)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(ours, run(tiled(reference.attention), q, kv, whole(tokens, 9_001), 0.125))
+
+
+def cut_in(sizes: Sequence[int]) -> list[slice]:
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_it_merges_into_what_the_state_holds(kernel: Kernel, tokens: int) -> None:
+    sizes = [0, 1, 130, 0, 7, 62]
+    q, kv = random_inputs(tokens, sum(sizes), (8, 2), 64)
+    state = AttentionState.empty(tokens, 8, 64, CPU)
+    state.out.fill_(math.nan)  # what an empty state holds is nobody's business
+    for place in cut_in(sizes):
+        length = place.stop - place.start
+        kernel(state, q, kv[:, :, place], whole(tokens, length), scale=0.125)
+    expected = run(tiled(reference.attention), q, kv, whole(tokens, sum(sizes)), 0.125)
+    assert_close(state, expected)
+
+
+def test_only_the_rows_of_the_work_change(kernel: Kernel) -> None:
+    q, kv = random_inputs(6, 50, (4, 2), 64)
+    state = AttentionState(torch.full((6, 4, 64), 7.0), torch.full((6, 4), 0.5))
+    work = Work([Share(2, [Tile(slice(0, 2), slice(0, 50), False)], [slice(0, 50)])])
+    kernel(state, q, kv, work, scale=0.125)
+    kept = [0, 1, 4, 5]
+    assert bool((state.out[kept] == 7).all())
+    assert bool((state.lse[kept] == 0.5).all())
+    assert bool((state.out[2:4] != 7).any(-1).all())
+    assert bool((state.lse[2:4] > 0.5).all())
+
+
+LOAD = "from longspan.attention import native; print(native.library() is not None)"
+
+
+def load_elsewhere(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", LOAD],
+        env={**os.environ, "XDG_CACHE_HOME": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_without_a_compiler_pytorch_is_the_kernel(tmp_path: Path) -> None:
+    done = load_elsewhere(tmp_path, CXX="/bin/false")
+    assert done.stdout == "False\n"
+    assert done.stderr.startswith("the CPU attention kernel can't be compiled")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def _compile(_: int) -> str:
+    return str(native._compiled(native._compiler()))
+
+
+def test_processes_that_start_together_compile_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-O0"))
+    caplog.set_level(logging.INFO)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        files = set(pool.map(_compile, range(2)))
+    (file,) = files
+    inside = tmp_path / "longspan"
+    assert sorted(path.name for path in inside.iterdir()) == [Path(file).name, "attention.lock"]
