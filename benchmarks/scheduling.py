@@ -36,6 +36,7 @@ SPEC = ModelSpec(
     max_model_len=10**7,
     eos_token_ids=(),
     dtype="bfloat16",
+    kv_cache_dtype="bfloat16",
     num_active_parameters=7 * 10**9,
 )
 

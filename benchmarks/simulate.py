@@ -33,6 +33,7 @@ LLAMA_8B = ModelSpec(
     max_model_len=1_100_000,
     eos_token_ids=(0,),
     dtype="bfloat16",
+    kv_cache_dtype="bfloat16",
     num_active_parameters=7_000_000_000,
 )
 RANK_TOKENS = 400_000

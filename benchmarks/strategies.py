@@ -33,9 +33,9 @@ from fleets import PAGE_SIZE, Ranks, fleet, runner, unavailable
 
 from longspan.config import EngineConfig
 from longspan.cost.choice import choose, predictions
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.model import CostModel
 from longspan.cost.samples import Samples, fit_rates
-from longspan.cost.strategy import KVShape
 from longspan.engine.shard import fair_shares, zigzag
 from longspan.models import load_spec
 from longspan.parallel.transport import Transport

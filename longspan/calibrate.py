@@ -7,8 +7,8 @@ import torch
 
 from longspan.config import EngineConfig
 from longspan.cost.calibration import Calibration
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.samples import fit_rates
-from longspan.cost.strategy import KVShape
 from longspan.models import load_spec
 from longspan.worker.fleet import start_fleet
 from longspan.worker.launch import kind_of_device

@@ -1,13 +1,13 @@
 """The command `longspan plan`: how many devices a context needs, without weights or devices."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longspan.config import Dtype, EngineConfig, option
+from longspan.config import Dtype, EngineConfig, KVCacheDtype, option
 from longspan.cost.devices import DEVICES, planned_device
 from longspan.errors import ConfigError, LongspanError
 from longspan.token_count import parse_tokens
@@ -47,7 +47,8 @@ class PlanOptions:
         "The model's own limit if not given.",
     )
     batch: int = option(1, "Requests of that length at the same time.")
-    dtype: Dtype = option("auto", "Number type of weights and KV cache.")
+    dtype: Dtype = option("auto", "Number type of weights and activations.")
+    kv_cache_dtype: KVCacheDtype = option("auto", "Number type of the KV cache.")
     ttft: float | None = option(None, "Target: most seconds to the first token.")
     tpot: float | None = option(None, "Target: most seconds for each token after it.")
 
@@ -101,25 +102,29 @@ def _answer(options: PlanOptions) -> "CapacityPlan":
         ttft=options.ttft,
         tpot=options.tpot,
     )
-    spec, num_parameters = _read(options.model, options.dtype, context)
+    spec, num_parameters = _read(options, context)
     return Planner(spec, num_parameters, wanted).plan(context or spec.max_model_len)
 
 
-def _read(model: str, dtype: Dtype, context: int | None) -> tuple["ModelSpec", int]:
+def _read(options: PlanOptions, context: int | None) -> tuple["ModelSpec", int]:
     """A model's spec, with its own limit where it has one that can be served."""
     from longspan.models import read_spec
 
+    config = EngineConfig(
+        model=options.model, dtype=options.dtype, kv_cache_dtype=options.kv_cache_dtype
+    )
     try:
-        spec, num_parameters = read_spec(EngineConfig(model=model, dtype=dtype))
+        spec, num_parameters = read_spec(config)
     except LongspanError as error:
         if "max_model_len" not in str(error):
             raise
         if context is None:
             raise type(error)(str(error).replace("max_model_len", "context")) from None
-        return read_spec(EngineConfig(model=model, dtype=dtype, max_model_len=context))
+        return read_spec(replace(config, max_model_len=context))
     if context is not None and context > spec.max_model_len:
         raise ConfigError(
-            f"context={context:,} is above the {spec.max_model_len:,} tokens of model={model!r}; "
-            "give less, or a config.json with a higher max_position_embeddings"
+            f"context={context:,} is above the {spec.max_model_len:,} tokens of "
+            f"model={config.model!r}; give less, or a config.json with a higher "
+            "max_position_embeddings"
         )
     return spec, num_parameters

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeGuard, get_args
 from longspan.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Strategy = Literal["auto", "pass_kv", "gather_kv", "pass_q", "tree"]
 Backend = Literal["mp", "uni", "ray"]
 
@@ -40,7 +41,12 @@ class EngineConfig:
     revision: str | None = option(None, "Branch, tag or commit of a model on the hub.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model.")
     dtype: Dtype = option(
-        "auto", "Number type of weights and KV cache; 'auto' takes the model's own."
+        "auto", "Number type of weights and activations; 'auto' takes the model's own."
+    )
+    kv_cache_dtype: KVCacheDtype = option(
+        "auto",
+        "Number type of the KV cache; 'auto' takes that of dtype. A narrower one holds more tokens "
+        "and is no longer exact; int8 keeps a scale for each token and head.",
     )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Kind of device, one for each rank; 'auto' takes cuda where there is one."
@@ -188,6 +194,7 @@ class EngineConfig:
     def _check_choices(self) -> None:
         for name, choices in (
             ("dtype", get_args(Dtype)),
+            ("kv_cache_dtype", get_args(KVCacheDtype)),
             ("device", ("auto", "cpu", "cuda")),
             ("attention_strategy", get_args(Strategy)),
             ("distributed_executor_backend", (None, *get_args(Backend))),

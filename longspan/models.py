@@ -64,6 +64,7 @@ class ModelSpec:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     dtype: str
+    kv_cache_dtype: str
     num_active_parameters: int
 
 
@@ -112,7 +113,8 @@ def read_spec(config: EngineConfig) -> tuple[ModelSpec, int]:
         vocab_size=model.text.vocab_size,
         max_model_len=_max_model_len(config, model),
         eos_token_ids=_eos_token_ids(config, model),
-        dtype=_dtype(config, model),
+        dtype=(dtype := _dtype(config, model)),
+        kv_cache_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         num_active_parameters=_num_active_parameters(model, built),
     )
     return spec, sum(weight.numel() for weight in built.parameters())  # shared ones count once

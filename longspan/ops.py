@@ -108,7 +108,6 @@ def context_parallel_attention(
         kv=kv,
         kernel=kernel_for(q.device),
         scale=_scale(scale, q),
-        num_heads=q.shape[1],
     )
     (state,) = finish(STRATEGIES[strategy](layer))
     return state

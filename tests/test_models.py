@@ -73,6 +73,7 @@ def test_the_zoo_is_accepted(name: str, tmp_path: Path) -> None:
         max_model_len=8192,
         eos_token_ids=(0,),
         dtype="float32",
+        kv_cache_dtype="float32",
         num_active_parameters=active_parameters(folder),
     )
     assert found.architecture.lower() == f"{name.replace('_', '')}forcausallm"

@@ -30,6 +30,7 @@ SPEC = ModelSpec(
     max_model_len=100_000,
     eos_token_ids=(0,),
     dtype="float32",
+    kv_cache_dtype="float32",
     num_active_parameters=1000,
 )
 

@@ -14,6 +14,8 @@ from longspan.attention.work import Work
 class Kernel(Protocol):
     """Merges attention of q [T, H, D] over some of the keys kv [2, G, S, D] into a state, in place.
 
+    kv are rows of a `kv_format`, whose type may be another than that of q.
+
     `work` says which queries see which keys, and the state is of all T queries. `scale` multiplies
     the scores. No queries and no keys are normal.
     """

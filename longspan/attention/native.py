@@ -32,14 +32,14 @@ logger = logging.getLogger("longspan.attention")
 class Native:
     """The kernel of a compiled library; see `longspan.attention.kernel.Kernel`.
 
-    Keys of float32, bfloat16 or float16 are read where they lie; arithmetic is float32. It uses as
+    Keys are read where they lie, in any format of `kv_format`; arithmetic is float32. It uses as
     many threads as PyTorch.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._attend = {
             dtype: getattr(library, f"longspan_attend_{str(dtype).removeprefix('torch.')}")
-            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)
         }
 
     def __call__(
@@ -47,6 +47,7 @@ class Native:
     ) -> None:
         if len(work.table) == 0:
             return
+        q = q.float()
         if q.stride(2) != 1:
             q = q.contiguous()
         k, v = kv if kv.stride(3) == 1 else kv.contiguous()
@@ -55,7 +56,7 @@ class Native:
         strides = (state.out.stride(0), state.lse.stride(0), *q.stride()[:2])
         strides += (*k.stride()[:2], *v.stride()[:2])
         shape = (k.shape[0], q.shape[1] // k.shape[0], q.shape[2])
-        self._attend[q.dtype](
+        self._attend[kv.dtype](
             *map(_address, (state.out, state.lse, q, k, v)),
             (ctypes.c_int64 * 8)(*strides),
             (ctypes.c_int64 * 3)(*shape),

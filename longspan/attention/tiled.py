@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longspan.attention.kv_format import decode
 from longspan.attention.state import AttentionState
 from longspan.attention.work import MIN_VIEW_KEYS, Work
 
@@ -48,7 +49,7 @@ def _gather(kv: Tensor, ranges: Sequence[slice]) -> Iterator[Tensor]:
     blocks = [kv[:, :, place] for place in ranges]
     if len(blocks) > 1 and sum(b.shape[2] for b in blocks) < MIN_VIEW_KEYS * len(blocks):
         blocks = [torch.cat(blocks, dim=2)]
-    yield from blocks
+    yield from map(decode, blocks)
 
 
 def _cut(blocks: Sequence[Tensor], keys: slice) -> Iterator[Tensor]:

@@ -16,9 +16,9 @@ from longspan.cost.capacity_plan import CapacityPlan, DeviceFigures, Fewest, Row
 from longspan.cost.devices import DEVICES, Device
 from longspan.cost.explain import Choice, explain
 from longspan.cost.forecast import Forecast, Forecaster
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.model import CostModel
 from longspan.cost.rates import WIDER
-from longspan.cost.strategy import KVShape
 from longspan.errors import ConfigError
 from longspan.token_count import show_tokens
 from longspan.topology import Link, Topology

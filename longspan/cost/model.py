@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple, Self, get_args
 
 from longspan.cost.attention import KEYS_TRAVEL, AttentionCost, computes_own
 from longspan.cost.curve import Curve
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.overlap import HERE, Hidden, Leg, Shared, legs
 from longspan.cost.rates import LinkRates, Rates
-from longspan.cost.strategy import (
-    Calls,
-    KVShape,
-    Sent,
-    carried_bytes,
-    num_calls,
-    sent_bytes,
-)
+from longspan.cost.strategy import Calls, Sent, carried_bytes, num_calls, sent_bytes
 from longspan.plan import Run, Segment, Shard, Strategy
 from longspan.topology import Link, Topology
 

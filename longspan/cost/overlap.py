@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 from longspan.cost.curve import Curve
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.rates import LinkRates
-from longspan.cost.strategy import Calls, KVShape, Sent
+from longspan.cost.strategy import Calls, Sent
 from longspan.plan import Strategy
 
 

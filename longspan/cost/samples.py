@@ -8,9 +8,9 @@ from typing import Literal
 import msgspec
 
 from longspan.cost.fit import fit
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.model import CostModel
 from longspan.cost.rates import LinkRates, Rates
-from longspan.cost.strategy import KVShape
 from longspan.topology import Link
 
 MessageKind = Literal["hop", "all_to_all"]

@@ -4,55 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple
 
+from longspan.cost.kv_shape import KVShape
 from longspan.plan import Shard, Strategy
 from longspan.topology import Topology
-
-if TYPE_CHECKING:
-    from longspan.models import ModelSpec
-
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-class KVShape(NamedTuple):
-    """Sizes of a model's attention: layers, heads, and bytes of one number of its type."""
-
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    itemsize: int
-
-    @classmethod
-    def of(cls, spec: "ModelSpec") -> Self:
-        itemsize = _ITEMSIZE[spec.dtype]
-        return cls(spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, itemsize)
-
-    @property
-    def token_bytes(self) -> int:
-        """One token's keys and values in all layers."""
-        return self.num_layers * self.key_bytes
-
-    @property
-    def key_bytes(self) -> int:
-        """One token's key and value in one layer."""
-        return 2 * self.num_kv_heads * self.head_dim * self.itemsize
-
-    @property
-    def query_bytes(self) -> int:
-        """One token's query out in the model's type, its `out` and `lse` back in float32."""
-        return self.asked_bytes + self.answered_bytes
-
-    @property
-    def asked_bytes(self) -> int:
-        """One token's query in one layer."""
-        return self.num_heads * self.head_dim * self.itemsize
-
-    @property
-    def answered_bytes(self) -> int:
-        """One token's state in one layer, `out` and `lse`."""
-        return self.num_heads * (self.head_dim + 1) * 4
 
 
 class Sent(NamedTuple):

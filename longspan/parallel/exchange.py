@@ -124,7 +124,6 @@ class LayerExchange:
     kv: Tensor
     kernel: Kernel
     scale: float
-    num_heads: int
 
     def send(self, label: str, sends: Sequence[Message], receives: Sequence[Message]) -> Wait:
         return self.exchange.transport.exchange(label, sends, receives)
@@ -133,20 +132,22 @@ class LayerExchange:
         return [self.empty_state(len(q)) for q in self.queries]
 
     def empty_state(self, tokens: int) -> AttentionState:
-        return AttentionState.empty(tokens, self.num_heads, self.kv.shape[3], self.kv.device)
+        _, heads, head_dim = self.queries[0].shape
+        return AttentionState.empty(tokens, heads, head_dim, self.kv.device)
 
     def empty_queries(self, tokens: int) -> Tensor:
-        return self.kv.new_empty(tokens, self.num_heads, self.kv.shape[3])
+        like = self.queries[0]
+        return like.new_empty(tokens, *like.shape[1:])
 
     def empty_packed_states(self, tokens: int) -> Tensor:
         """Room for states as they travel: `out` and `lse` side by side, float32."""
-        shape = (tokens, self.num_heads, self.kv.shape[3] + 1)
-        return self.kv.new_empty(shape, dtype=torch.float32)
+        _, heads, head_dim = self.queries[0].shape
+        return self.kv.new_empty(tokens, heads, head_dim + 1, dtype=torch.float32)
 
     def key_numbers(self, tokens: int) -> int:
         """How many numbers the keys and values of so many tokens are."""
-        _, kv_heads, _, head_dim = self.kv.shape
-        return tokens * 2 * kv_heads * head_dim
+        _, kv_heads, _, row = self.kv.shape
+        return tokens * 2 * kv_heads * row
 
     def empty_keys(self, tokens: int) -> Tensor:
         """Room for the packed keys and values of so many tokens: flat, as they travel."""
@@ -193,10 +194,9 @@ class LayerExchange:
 
     def _unpack(self, packed: Tensor, indices: Sequence[int], origin: int) -> list[Tensor]:
         """Views [2, G, S, D] of each segment's keys from one rank in a packed message."""
-        _, kv_heads, _, head_dim = self.kv.shape
+        _, kv_heads, _, row = self.kv.shape
         tokens = [self.exchange.num_keys(index, origin) for index in indices]
         parts = torch.split(packed, [self.key_numbers(count) for count in tokens])
         return [
-            part.view(2, kv_heads, count, head_dim)
-            for part, count in zip(parts, tokens, strict=True)
+            part.view(2, kv_heads, count, row) for part, count in zip(parts, tokens, strict=True)
         ]

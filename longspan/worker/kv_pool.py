@@ -5,13 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longspan.attention.kv_format import encode, row_length
 from longspan.plan import Extent
 
 
 class KVPool:
     """`data` [L, 2, G, slots, D], a slot being one token's place: page p has slots p*P .. p*P+P-1.
 
-    A head's keys in a run of pages lie side by side, which is what attention reads fastest.
+    A head's keys in a run of pages lie side by side, which is what attention reads fastest. They
+    are rows of a `kv_format`: in int8 D is 4 more than the head size.
     """
 
     def __init__(
@@ -27,7 +29,7 @@ class KVPool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.data = torch.empty(
-            (num_layers, 2, num_kv_heads, num_pages * page_size, head_dim),
+            (num_layers, 2, num_kv_heads, num_pages * page_size, row_length(head_dim, dtype)),
             dtype=dtype,
             device=device,
         )
@@ -40,7 +42,7 @@ class KVPool:
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [T, G, D] into slots [T] of one layer."""
         for pool, tensor in zip(self.data[layer], (k, v), strict=True):
-            pool.index_copy_(1, slots, tensor.transpose(0, 1))
+            pool.index_copy_(1, slots, encode(tensor, pool.dtype).transpose(0, 1))
 
     def ranges(self, extents: Sequence[Extent], first: int, last: int) -> list[slice]:
         """Where tokens first .. last - 1 of a request's share lie, as ranges of slots."""

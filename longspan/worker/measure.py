@@ -6,6 +6,7 @@ from statistics import median
 
 import torch
 
+from longspan.attention.kv_format import encode
 from longspan.attention.state import AttentionState
 from longspan.attention.work import Share, Tile, Work
 from longspan.cost.samples import (
@@ -133,6 +134,7 @@ class _Measurement:
         like = torch.empty(0, dtype=runner.dtype, device=runner.device)
         q = like.new_empty(queries, spec.num_heads, spec.head_dim).normal_()
         block = like.new_empty(2, spec.num_kv_heads, keys, spec.head_dim).normal_()
+        block = encode(block, runner.pool.data.dtype)
         tile = Tile(slice(0, queries), slice(0, keys), causal=False)
         work = Work([Share(0, [tile], [slice(0, keys)])])
         state = AttentionState.empty(queries, spec.num_heads, spec.head_dim, runner.device)

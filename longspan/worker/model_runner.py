@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from longspan.attention.kernel import kernel_for
 from longspan.config import CPU_MEMORY_UTILIZATION, GPU_MEMORY_UTILIZATION, EngineConfig
-from longspan.cost.strategy import KVShape
+from longspan.cost.kv_shape import KVShape
 from longspan.errors import ConfigError
 from longspan.models import ModelSpec
 from longspan.parallel.transport import Transport
@@ -53,7 +53,7 @@ class ModelRunner:
             config.page_size,
             spec.num_kv_heads,
             spec.head_dim,
-            self.dtype,
+            getattr(torch, spec.kv_cache_dtype),
             device,
         )
 

@@ -95,7 +95,6 @@ class Step:
                     kv=kv,
                     kernel=self.kernel,
                     scale=self.scale[layer],
-                    num_heads=q.shape[1],
                 )
             )
             next(job)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longspan.attention import cpu, native, reference
 from longspan.attention.kernel import Kernel, kernel_for
+from longspan.attention.kv_format import encode
 from longspan.attention.state import AttentionState
 from longspan.attention.tiled import tiled
 from longspan.attention.work import Share, Tile, Work
@@ -70,7 +71,7 @@ def test_it_is_the_kernel_of_the_cpu() -> None:
     assert isinstance(kernel_for(CPU), native.Native)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]}_{heads[1]}")
 def test_it_is_the_reference(
@@ -80,11 +81,11 @@ def test_it_is_the_reference(
     for tokens, keys in SHAPES:
         for causal in (False, True):
             keys = tokens if causal else keys
-            q, kv = random_inputs(tokens, keys, heads, head_dim, dtype)
+            q, kv = random_inputs(tokens, keys, heads, head_dim)
+            kv = encode(kv, dtype)
             work = whole(tokens, keys, causal)
             assert_close(
-                run(kernel, q, kv, work, head_dim**-0.5),
-                run(expected, q.float(), kv.float(), work, head_dim**-0.5),
+                run(kernel, q, kv, work, head_dim**-0.5), run(expected, q, kv, work, head_dim**-0.5)
             )
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.rates import LinkRates, Rates
-from longspan.cost.strategy import KVShape
 from longspan.plan import Segment, Shard
 
 

@@ -7,10 +7,10 @@ and so are all rates. K is 1000 tokens, as in the paper's table 4 and in its app
 from typing import NamedTuple
 
 from longspan.cost.fit import fit
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.model import CostModel
 from longspan.cost.overlap import Hidden
 from longspan.cost.rates import LinkRates, Rates
-from longspan.cost.strategy import KVShape
 from longspan.plan import Run, Shard
 from longspan.topology import Topology
 

@@ -8,6 +8,7 @@ import pytest
 
 from longspan.config import EngineConfig
 from longspan.cost.calibration import Calibration
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.model import CostModel
 from longspan.cost.rates import CPU_THREAD, CUDA, LinkRates, Rates
 from longspan.cost.samples import (
@@ -19,7 +20,6 @@ from longspan.cost.samples import (
     fit_rates,
 )
 from longspan.cost.simulate import simulate
-from longspan.cost.strategy import KVShape
 from longspan.cost.trace import Arrival, Trace
 from longspan.errors import ConfigError
 from longspan.models import ModelSpec
@@ -166,7 +166,7 @@ def test_a_file_that_can_not_be_written(tmp_path: Path) -> None:
 def test_a_simulation_takes_the_config_s_calibration(tmp_path: Path) -> None:
     path = str(tmp_path / "calibration.json")
     calibration().save(path)
-    spec = ModelSpec("m", "A", 16, 32, 8, 64, 999, 9999, (), "float32", PARAMETERS)
+    spec = ModelSpec("m", "A", 16, 32, 8, 64, 999, 9999, (), "float32", "float32", PARAMETERS)
     trace = Trace([Arrival(time=0.0, prompt=500, output_tokens=3)])
     config = EngineConfig(model="m", calibration=path)
     measured = simulate(trace, config, spec, [100])

@@ -158,7 +158,11 @@ def test_half_of_what_weights_leave_on_a_cpu(llama_8b: tuple[ModelSpec, int]) ->
 
 def test_single_precision_is_twice_as_large(llama_8b: tuple[ModelSpec, int]) -> None:
     spec, parameters = llama_8b
-    plan = planned((dataclasses.replace(spec, dtype="float32"), parameters), "h200", 128 * K)
+    plan = planned(
+        (dataclasses.replace(spec, dtype="float32", kv_cache_dtype="float32"), parameters),
+        "h200",
+        128 * K,
+    )
     assert plan.weights_bytes == 4 * 8_030_261_248
     assert plan.kv_bytes_per_token == 262_144
     narrow = planned(llama_8b, "h200", 128 * K)

@@ -16,9 +16,10 @@ from longspan.cost.choice import (
     is_feasible,
     predictions,
 )
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.model import CostModel, Prediction
 from longspan.cost.rates import CPU_THREAD, CUDA, ETHERNET, LinkRates, Rates
-from longspan.cost.strategy import Calls, KVShape, Sent
+from longspan.cost.strategy import Calls, Sent
 from longspan.plan import Run, Shard, Strategy
 from longspan.topology import Topology
 

@@ -28,6 +28,7 @@ SPEC = ModelSpec(
     max_model_len=1 << 24,
     eos_token_ids=(),
     dtype="bfloat16",
+    kv_cache_dtype="bfloat16",
     num_active_parameters=6_979_588_096,
 )
 PAGES = 50_000

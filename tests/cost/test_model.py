@@ -9,9 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from plain_cost import PlainCost
 
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.model import CostModel
 from longspan.cost.rates import CPU_THREAD, CUDA, LinkRates, Rates
-from longspan.cost.strategy import KVShape
 from longspan.models import ModelSpec
 from longspan.plan import Run, Segment, Shard, Strategy
 
@@ -287,7 +287,9 @@ def test_threads_compute_and_read_faster_but_send_as_before() -> None:
 
 
 def test_a_model_of_a_spec() -> None:
-    spec = ModelSpec("m", "A", 2, 4, 1, 2, 99, 99, (), "float32", num_active_parameters=50)
+    spec = ModelSpec(
+        "m", "A", 2, 4, 1, 2, 99, 99, (), "float32", "float32", num_active_parameters=50
+    )
     model = CostModel.of(spec, ROUND.rates)
     assert model.shape == ROUND.shape
     assert model.base_seconds == 3

@@ -102,6 +102,7 @@ def simulated_time(ranks: int, tokens: int) -> float:
         max_model_len=2_000_000,
         eos_token_ids=(),
         dtype="bfloat16",
+        kv_cache_dtype="bfloat16",
         num_active_parameters=PARAMETERS,
     )
     config = EngineConfig(

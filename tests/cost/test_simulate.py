@@ -40,6 +40,7 @@ SPEC = ModelSpec(
     max_model_len=2_000_000,
     eos_token_ids=(0,),
     dtype="bfloat16",
+    kv_cache_dtype="bfloat16",
     num_active_parameters=7_000_000_000,
 )
 COST = CostModel.of(SPEC, CUDA)

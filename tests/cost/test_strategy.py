@@ -1,15 +1,16 @@
 """Bytes are those of the known formulas, and a step takes the strategy that sends the fewest."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.strategy import (
     Calls,
-    KVShape,
     Sent,
     carried_bytes,
     exchanged_bytes,
@@ -76,7 +77,7 @@ def test_even_shards_send_what_the_formulas_say(
     size: int, new: int, cached: int, shape: KVShape
 ) -> None:
     """A rank sends (N-1)(L/N) 2 n_kv d e, or (N-1)(T/N) n_q (d e + 4 d + 4), of 2411.01783."""
-    _, heads, kv_heads, head_dim, itemsize = shape
+    _, heads, kv_heads, head_dim, itemsize, _ = shape
     shards = even(size, new, cached)
     keys = (size - 1) * (cached + new) * 2 * kv_heads * head_dim * itemsize
     queries = (size - 1) * new * heads * (head_dim * itemsize + head_dim * 4 + 4)
@@ -288,6 +289,7 @@ def test_a_shape_is_read_from_a_model() -> None:
         max_model_len=99,
         eos_token_ids=(),
         dtype="bfloat16",
+        kv_cache_dtype="bfloat16",
         num_active_parameters=1000,
     )
     shape = KVShape.of(spec)
@@ -296,3 +298,6 @@ def test_a_shape_is_read_from_a_model() -> None:
     assert shape.token_bytes == 3 * shape.key_bytes
     assert shape.query_bytes == 8 * (16 * 2 + 16 * 4 + 4)
     assert shape.asked_bytes == 8 * 16 * 2
+    narrow = KVShape.of(replace(spec, kv_cache_dtype="int8"))
+    assert narrow.key_bytes == 2 * 2 * (16 + 4)
+    assert narrow.query_bytes == shape.query_bytes

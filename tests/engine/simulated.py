@@ -203,6 +203,7 @@ def simulated_engine(
         max_model_len=max_model_len,
         eos_token_ids=(0,),
         dtype="bfloat16",
+        kv_cache_dtype="bfloat16",
         num_active_parameters=1000,
     )
     executor = SimulatedExecutor(num_pages, page_size, order)

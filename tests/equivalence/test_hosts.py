@@ -9,7 +9,7 @@ import pytest
 import reference
 
 from longspan.config import EngineConfig, Strategy
-from longspan.cost.strategy import KVShape
+from longspan.cost.kv_shape import KVShape
 from longspan.engine.completion import Group
 from longspan.engine.engine import Engine
 from longspan.models import load_spec

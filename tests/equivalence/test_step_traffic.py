@@ -10,7 +10,8 @@ import reference
 from longspan import SamplingParams
 from longspan.config import Dtype, EngineConfig
 from longspan.config import Strategy as AttentionStrategy
-from longspan.cost.strategy import KVShape, Sent, exchanged_bytes, num_calls
+from longspan.cost.kv_shape import KVShape
+from longspan.cost.strategy import Sent, exchanged_bytes, num_calls
 from longspan.engine.engine import Engine
 from longspan.engine.step import Step
 from longspan.models import load_spec

@@ -170,7 +170,6 @@ def layer_of(
         kv=pool,
         kernel=kernel_for(pool.device),
         scale=shape.scale,
-        num_heads=shape.heads,
     )
 
 

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longspan.cost.strategy import KVShape, Sent, num_calls, sent_bytes
+from longspan.cost.kv_shape import KVShape
+from longspan.cost.strategy import Sent, num_calls, sent_bytes
 from longspan.engine.shard import zigzag
 from longspan.parallel.transport import Transport
 from longspan.plan import Run, Strategy, Traffic

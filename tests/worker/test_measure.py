@@ -13,9 +13,9 @@ from longspan import LLM, SamplingParams
 from longspan.cli import app
 from longspan.config import EngineConfig
 from longspan.cost.calibration import Calibration
+from longspan.cost.kv_shape import KVShape
 from longspan.cost.rates import CPU_THREAD
 from longspan.cost.samples import Samples, fit_rates
-from longspan.cost.strategy import KVShape
 from longspan.errors import ConfigError
 from longspan.models import load_spec
 from longspan.parallel.transport import ThreadTransport

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from longspan.config import EngineConfig
-from longspan.cost.strategy import KVShape
+from longspan.cost.kv_shape import KVShape
 from longspan.engine.executor import Executor
 from longspan.models import load_spec
 from longspan.plan import (

@@ -158,11 +158,11 @@ void attend(const Call<T>& call, const Item* items, int64_t num_items, int threa
 
 #define LONGSPAN_ATTEND(name, T)                                                                \
     extern "C" void longspan_attend_##name(                                                     \
-        float* out, float* lse, const void* q, const void* k, const void* v,                    \
+        float* out, float* lse, const float* q, const void* k, const void* v,                   \
         const int64_t* strides, const int64_t* shape, float scale, const int64_t* items,        \
         int64_t num_items, int threads) {                                                       \
-        const Call<T> call{out, lse, static_cast<const T*>(q), static_cast<const T*>(k),        \
-                           static_cast<const T*>(v), strides[0], strides[1], strides[2],        \
+        const Call<T> call{out, lse, q, static_cast<const T*>(k), static_cast<const T*>(v),     \
+                           strides[0], strides[1], strides[2],                                  \
                            strides[3], strides[4], strides[5], strides[6], strides[7],          \
                            shape[0], shape[1], shape[2], scale};                                \
         attend(call, reinterpret_cast<const Item*>(items), num_items, threads);                 \
@@ -171,3 +171,4 @@ void attend(const Call<T>& call, const Item* items, int64_t num_items, int threa
 LONGSPAN_ATTEND(float32, float)
 LONGSPAN_ATTEND(bfloat16, BFloat16)
 LONGSPAN_ATTEND(float16, Float16)
+LONGSPAN_ATTEND(int8, Int8)

@@ -18,9 +18,9 @@ class Direct {
         for (int64_t r = 0; r < FEW; ++r) {
             const int64_t row = task.row + r / call_.group;
             const int64_t head = task.head * call_.group + r % call_.group;
-            const T* from = call_.q + row * call_.q_row + head * call_.q_head;
+            const float* from = call_.q + row * call_.q_row + head * call_.q_head;
             for (int64_t d = 0; d < depth_; ++d)
-                queries_[r * depth_ + d] = r < rows ? widen(from[d]) * call_.scale * LOG2E : 0.0f;
+                queries_[r * depth_ + d] = r < rows ? from[d] * call_.scale * LOG2E : 0.0f;
         }
         std::fill_n(sums_, FEW * depth_, 0.0f);
         std::fill_n(most_, FEW, NONE);
@@ -43,6 +43,7 @@ class Direct {
                 const T* k = call_.k + task.head * call_.k_head + (span.key + first) * call_.k_slot;
                 const T* v = call_.v + task.head * call_.v_head + (span.key + first) * call_.v_slot;
                 score<ROWS>(k, v, keys);
+                multiply<ROWS>(k, call_.k_slot, keys);
                 if (span.causal)
                     for (int r = 0; r < ROWS; ++r)
                         for (int64_t j = std::max<int64_t>(r / call_.group - first + 1, 0);
@@ -50,6 +51,7 @@ class Direct {
                             scores_[j * ROWS + r] = NONE;
                 float factors[ROWS];
                 soften<ROWS>(keys, factors);
+                multiply<ROWS>(v, call_.v_slot, keys);
                 int64_t d = 0;
                 constexpr int WIDE = 8 / ROWS;  // vectors: 8 accumulators
                 for (; d + WIDE * VL <= depth_; d += WIDE * VL)
@@ -89,6 +91,17 @@ class Direct {
                     sums += load(queries_ + r * depth_ + d) * load(k + j * call_.k_slot + d);
                 scores_[j * ROWS + r] = sum(sums);
             }
+    }
+
+    // Scores or weights [keys, ROWS] times the scales of the rows that they were or will be used on.
+    template <int ROWS>
+    void multiply(const T* rows, int64_t stride, int64_t keys) {
+        if constexpr (HAS_SCALE<T>)
+            for (int64_t j = 0; j < keys; ++j) {
+                const float scale = scale_of(rows + j * stride, depth_);
+                for (int r = 0; r < ROWS; ++r) scores_[j * ROWS + r] *= scale;
+            }
+        else (void)rows, (void)stride, (void)keys;
     }
 
     // Scores [keys, ROWS] become weights, for all rows at once: a vector has several keys' scores.

@@ -101,9 +101,9 @@ class Packed {
             float* to = queries_ + r / MR * MR * depth_ + r % MR;
             const int64_t row = task_->row + r / call_.group;
             const int64_t head = task_->head * call_.group + r % call_.group;
-            const T* from = call_.q + row * call_.q_row + head * call_.q_head;
+            const float* from = call_.q + row * call_.q_row + head * call_.q_head;
             for (int64_t d = 0; d < depth_; ++d)
-                to[d * MR] = r < rows_ ? widen(from[d]) * scale : 0.0f;
+                to[d * MR] = r < rows_ ? from[d] * scale : 0.0f;
         }
     }
 
@@ -115,13 +115,16 @@ class Packed {
             const int64_t at = filled_ + j;
             float* to = keys_ + at / NR * NR * depth_ + at % NR;
             const T* from = k + j * call_.k_slot;
-            for (int64_t d = 0; d < depth_; ++d) to[d * NR] = widen(from[d]);
+            float scale = scale_of(from, depth_);
+            for (int64_t d = 0; d < depth_; ++d) to[d * NR] = widen(from[d]) * scale;
             from = v + j * call_.v_slot;
+            scale = scale_of(from, depth_);
             to = values_ + at * NR;
             int64_t d = 0;
-            for (; d + VL <= depth_; d += VL) store(to + d / NR * NR * NB + d % NR, load(from + d));
+            for (; d + VL <= depth_; d += VL)
+                store(to + d / NR * NR * NB + d % NR, load(from + d) * splat(scale));
             for (; d < width_; ++d)
-                to[d / NR * NR * NB + d % NR] = d < depth_ ? widen(from[d]) : 0.0f;
+                to[d / NR * NR * NB + d % NR] = d < depth_ ? widen(from[d]) * scale : 0.0f;
         }
         filled_ += keys;
     }

@@ -19,7 +19,8 @@ template <typename T>
 struct Call {
     float* out;
     float* lse;
-    const T *q, *k, *v;
+    const float* q;
+    const T *k, *v;
     int64_t out_row, lse_row, q_row, q_head, k_head, k_slot, v_head, v_slot;
     int64_t kv_heads, group, head_dim;
     float scale;

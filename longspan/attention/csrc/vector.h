@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -31,6 +32,7 @@ constexpr float LN2 = 0.69314718055994530942f;
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
+struct Int8 { int8_t bits; };  // rows of these end with the float32 that all are multiplied by
 
 inline Vector splat(float x) { return x - Vector{}; }
 inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
@@ -83,6 +85,34 @@ inline Vector load(const Float16* p) {
     for (int i = 0; i < VL; ++i) x[i] = widen(p[i]);
     return x;
 #endif
+}
+
+inline float widen(Int8 x) { return x.bits; }
+
+inline Vector load(const Int8* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    Vector x;
+    for (int i = 0; i < VL; ++i) x[i] = widen(p[i]);
+    return x;
+#endif
+}
+
+template <typename T>
+constexpr bool HAS_SCALE = std::is_same<T, Int8>::value;
+
+// What the numbers of a row are multiplied by.
+template <typename T>
+inline float scale_of(const T* row, int64_t numbers) {
+    if constexpr (HAS_SCALE<T>) {
+        float scale;
+        __builtin_memcpy(&scale, row + numbers, sizeof scale);
+        return scale;
+    }
+    return 1.0f;
 }
 
 inline float largest(Vector x) {
