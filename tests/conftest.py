@@ -10,6 +10,8 @@ import signal
 # Before torch is imported: ranks and workers of the tests are many and cores are few.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before Triton is imported: kernels for GPUs run on the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest

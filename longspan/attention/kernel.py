@@ -21,5 +21,9 @@ class Kernel(Protocol):
 
 
 def kernel_for(device: torch.device) -> Kernel:
-    """The kernel for a device; off the CPU that is for now the reference, exact but slow."""
+    """The kernel for a device; on other than CPU and CUDA the reference, exact but slow."""
+    if device.type == "cuda":
+        from longspan.attention import cuda  # needs Triton, which comes with PyTorch for CUDA
+
+        return cuda.attention
     return cpu.attention if device.type == "cpu" else reference.attention
