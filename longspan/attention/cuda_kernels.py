@@ -26,12 +26,10 @@ def attend(
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """The state of one block of rows over one part of the keys of one key/value head."""
-    block = tl.program_id(0)
-    if CAUSAL:  # those that see most begin first, so that none is left at the end
-        block = tl.num_programs(0) - 1 - block
+    # With CAUSAL those that see most begin first, so that none of them is left at the end.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    heads = tl.num_programs(1) * GROUP
 
     rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token = (rows // GROUP).to(tl.int64)
@@ -54,18 +52,16 @@ def attend(
     top = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-    acc, total, top = _absorb(
-        acc, total, top, q, token, k_ptr, v_ptr, k_token, k_dim, v_token, v_dim,
-        start, unmasked, stop, scale,
-        HEAD_DIM, CAUSAL, False, BLOCK_KEYS, BLOCK_DIM,
-    )  # fmt: skip
-    acc, total, top = _absorb(
-        acc, total, top, q, token, k_ptr, v_ptr, k_token, k_dim, v_token, v_dim,
-        unmasked, stop, stop, scale,
-        HEAD_DIM, CAUSAL, True, BLOCK_KEYS, BLOCK_DIM,
-    )  # fmt: skip
 
-    state = (split.to(tl.int64) * tokens + token) * heads + head
+    acc, total, top = _absorb(
+        acc, total, top, q, token, k_ptr, v_ptr, k_token, k_dim, v_token, v_dim,
+        start, unmasked, stop, scale, HEAD_DIM, CAUSAL, False, BLOCK_KEYS, BLOCK_DIM,
+    )  # fmt: skip
+    acc, total, top = _absorb(
+        acc, total, top, q, token, k_ptr, v_ptr, k_token, k_dim, v_token, v_dim,
+        unmasked, stop, stop, scale, HEAD_DIM, CAUSAL, True, BLOCK_KEYS, BLOCK_DIM,
+    )  # fmt: skip
+    state = (split * tokens + token) * (tl.num_programs(1) * GROUP) + head
     tl.store(out_ptr + state[:, None] * HEAD_DIM + dims[None, :], acc / total[:, None], mask=real)
     tl.store(lse_ptr + state, (top + tl.log2(total)) * _LN_2, mask=token < tokens)
 
