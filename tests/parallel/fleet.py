@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longspan.attention import cpu
+from longspan.attention.kernel import Kernel
 from longspan.attention.reference import masked_attention
 from longspan.attention.state import AttentionState
 from longspan.parallel.exchange import Exchange, LayerExchange
@@ -147,6 +148,7 @@ def layer_of(
     strategy: Strategy,
     transport: Transport,
     shape: Shape,
+    kernel: Kernel = cpu.attention,
 ) -> LayerExchange:
     """The requests as one exchange, seen from one rank."""
     shares = [share(request, transport.rank, shape) for request in requests]
@@ -154,7 +156,7 @@ def layer_of(
         Exchange([request.segment(strategy) for request in requests], transport),
         queries=[q for q, _ in shares],
         keys=[keys for _, keys in shares],
-        kernel=cpu.attention,
+        kernel=kernel,
         scale=shape.scale,
         shape=(shape.heads, shape.kv_heads, shape.head_dim),
         like=torch.empty(0, dtype=shape.dtype),
@@ -162,10 +164,14 @@ def layer_of(
 
 
 def attend(
-    requests: Sequence[Request], strategy: Strategy, transport: Transport, shape: Shape
+    requests: Sequence[Request],
+    strategy: Strategy,
+    transport: Transport,
+    shape: Shape,
+    kernel: Kernel = cpu.attention,
 ) -> list[AttentionState]:
     """Attention of one rank's queries of each request; a rank without a share stays away."""
-    layer = layer_of(requests, strategy, transport, shape)
+    layer = layer_of(requests, strategy, transport, shape, kernel)
     if transport.rank not in layer.exchange.ranks:
         return layer.empty_states()
     return finish(STRATEGIES[strategy](layer))
