@@ -87,7 +87,6 @@ def test_a_wrong_kernel_is_found(script: dict[str, Any], small: Any) -> None:
         assert [row["right"] for row in check(CPU, small)] == [False] * 3
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line(
     script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
