@@ -30,7 +30,13 @@ from typing import Any
 import torch
 from common import build_model, finish, print_table, random_tokens
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StoppingCriteriaList,
+)
 from transformers.utils import logging
 
 from longspan import LLM, SamplingParams
@@ -217,12 +223,15 @@ def time_transformers(
     model = build_large(device, folder, sizes)
 
     def timed(prompt: list[int]) -> tuple[float, float]:
-        begun = time.perf_counter()
-        generated(model, prompt, 1)
-        first = time.perf_counter() - begun
-        generated(model, prompt, sizes.new_tokens)
-        whole = time.perf_counter() - begun - first
-        return first, (whole - first) / (sizes.new_tokens - 1)
+        begun, drawn = time.perf_counter(), []
+
+        def note_the_time(ids: Tensor, _: object, **__: object) -> Tensor:
+            synchronize(device)
+            drawn.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=device)  # whether to stop
+
+        generated(model, prompt, sizes.new_tokens, [note_the_time])
+        return drawn[0] - begun, (drawn[-1] - drawn[0]) / (len(drawn) - 1)
 
     rows = measure("transformers", sizes.prompts, prompt, timed)
     return sum(parameter.nbytes for parameter in model.parameters()), rows
@@ -291,10 +300,17 @@ def greedy(tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
 
 
-def generated(model: Any, prompt: list[int], tokens: int) -> list[int]:
+def generated(
+    model: Any, prompt: list[int], tokens: int, after_each: Sequence[Callable[..., Tensor]] = ()
+) -> list[int]:
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
     ids = torch.tensor([prompt], device=model.device)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        stopping_criteria=StoppingCriteriaList(after_each),
+    )
     found: list[int] = out[0, len(prompt) :].tolist()
     return found
 
@@ -306,12 +322,16 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int) -> f
         begun = time.perf_counter()
         for _ in range(10):
             work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return (time.perf_counter() - begun) / 10
 
     ten()
     return median(ten() for _ in range(repeats))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def memory_of(device: torch.device) -> int:
