@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test soak lint format demo bench clean
+.PHONY: install test soak lint format demo bench gpu-check clean
 
 install: .venv/installed
 
@@ -41,6 +41,10 @@ bench: bench-generate bench-elasticity bench-growth bench-scheduling bench-simul
 
 bench-%: install
 	$(BIN)/python benchmarks/$*.py $(ARGS)
+
+# On a machine with a GPU: correctness and speed there, into benchmarks/results/.
+gpu-check: install
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -5,7 +5,8 @@
 
 Layouts are token-first: queries [T, H, D] of T tokens, H heads and head size D; keys and values
 [S, G, D] of S tokens and G heads, H a multiple of G. For inference: no gradient crosses ranks.
-Off the CPU the kernel is for now the reference, which keeps all T x H x S scores in memory.
+On CUDA the kernel is written in Triton; elsewhere off the CPU it is the reference, which keeps all
+T x H x S scores in memory.
 """
 
 from typing import Literal, get_args

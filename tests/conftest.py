@@ -1,7 +1,8 @@
 """Settings of the whole test run.
 
 Three layers, the cheapest first: pure Python (scheduler, ledger, tiles); tensors in this process,
-with ranks as threads; real worker processes over gloo. A GPU is never needed.
+with ranks as threads; real worker processes over gloo. A GPU is never needed, nor used:
+`make gpu-check` does that.
 """
 
 import os
@@ -10,6 +11,9 @@ import signal
 # Before torch is imported: ranks and workers of the tests are many and cores are few.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before Triton is imported: kernels for GPUs run on the CPU, also where there is a GPU.
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest

@@ -28,9 +28,13 @@ class Kernel(Protocol):
 def kernel_for(device: torch.device) -> Kernel:
     """The kernel for a device.
 
-    On a CPU that is Longspan's own, compiled at first use, or where there is no compiler PyTorch's;
-    off the CPU for now the reference, exact but slow.
+    On a GPU that is Longspan's own in Triton, on a CPU its own in C++, compiled at first use, or
+    where there is no compiler PyTorch's; on other devices the reference, exact but slow.
     """
+    if device.type == "cuda":
+        from longspan.attention import cuda  # needs Triton, which comes with PyTorch for CUDA
+
+        return tiled(cuda.attention)
     if device.type != "cpu":
         return tiled(reference.attention)
     library = native.library()

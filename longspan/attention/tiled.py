@@ -33,6 +33,8 @@ class tiled:
     ) -> None:
         for row, tiles, ranges in work.shares:
             blocks = list(_gather(kv, ranges))
+            if any(block.dtype != q.dtype for block in blocks):  # keys are kept in another type
+                q, blocks = q.float(), [block.float() for block in blocks]
             for rows, keys, causal in tiles:
                 seen = list(_cut(blocks, keys))
                 if causal and len(seen) > 1:

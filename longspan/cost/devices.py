@@ -95,7 +95,7 @@ def _gpu(
         source=(
             "Times are predicted from what vendors say of a device and the part of it that a good "
             f"kernel is assumed to reach. No {name} was measured, and Longspan's own attention on "
-            "GPUs is for now a plain reference that is slower."
+            "GPUs has not been measured on any."
         ),
     )
 

@@ -1,5 +1,6 @@
 """Brings up one rank inside its process: device, process group, model."""
 
+import os
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -11,10 +12,14 @@ from transformers.utils import logging
 from longspan.config import EngineConfig
 from longspan.cost.rates import CPU_THREAD, CUDA, Rates
 from longspan.errors import ConfigError
+from longspan.parallel.staged_transport import StagedTransport
 from longspan.parallel.transport import ThreadTransport, TorchTransport, Transport
 from longspan.topology import Topology
 from longspan.worker.channel import Start
 from longspan.worker.model_runner import ModelRunner
+
+SHARE_GPU = "LONGSPAN_SHARE_GPU"
+"""Environment variable for tests: where it is set, ranks may share a GPU, and talk over gloo."""
 
 
 def launch(start: Start) -> ModelRunner:
@@ -34,7 +39,7 @@ def kind_of_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cu
 def device_of(config: EngineConfig, topology: Topology, rank: int) -> torch.device:
     """The device of a rank: the CPU, or the GPU of the same number on this host.
 
-    Ray lets an actor see no GPU but its own.
+    Ray lets an actor see no GPU but its own. With `SHARE_GPU`, ranks go round the GPUs.
 
     Raises:
         ConfigError: there are fewer GPUs than ranks of this host.
@@ -44,12 +49,12 @@ def device_of(config: EngineConfig, topology: Topology, rank: int) -> torch.devi
     if config.executor == "ray":
         return torch.device("cuda", 0)
     here, found = topology.num_ranks_beside(rank), torch.cuda.device_count()
-    if here > found:
+    if here > found and not (found and SHARE_GPU in os.environ):
         raise ConfigError(
             f"{here} ranks of this host need a GPU each, and it has {found}; lower "
             "context_parallel_size or set device='cpu'"
         )
-    return torch.device("cuda", topology.devices[rank])
+    return torch.device("cuda", topology.devices[rank] % found)
 
 
 def rates_of(device: torch.device) -> Rates:
@@ -64,14 +69,16 @@ def _connect(start: Start, device: torch.device) -> Transport:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
+    by_nccl = on_gpu and SHARE_GPU not in os.environ
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
+        "nccl" if by_nccl else "gloo",
         store=_store(start.rendezvous, topology.num_ranks),
         rank=start.rank,
         world_size=topology.num_ranks,
-        device_id=device if on_gpu else None,
+        device_id=device if by_nccl else None,
     )
-    return TorchTransport(topology=topology)
+    transport = StagedTransport if on_gpu and not by_nccl else TorchTransport
+    return transport(topology=topology)
 
 
 def _store(rendezvous: str, num_ranks: int) -> Any:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longspan.attention.kernel import kernel_for
+from longspan.attention.kernel import Kernel, kernel_for
 from longspan.attention.reference import masked_attention
 from longspan.attention.state import AttentionState
 from longspan.parallel.exchange import Exchange, LayerExchange
@@ -20,6 +20,8 @@ from longspan.plan import Run, Segment, Shard, Strategy
 from longspan.topology import Topology
 
 torch.set_num_threads(1)
+
+CPU_KERNEL = kernel_for(torch.device("cpu"))
 
 SHARED: tuple[Strategy, ...] = ("pass_kv", "gather_kv", "pass_q", "tree")
 """The strategies for keys on several ranks."""
@@ -159,6 +161,7 @@ def layer_of(
     strategy: Strategy,
     transport: Transport,
     shape: Shape,
+    kernel: Kernel = CPU_KERNEL,
 ) -> LayerExchange:
     """The requests as one exchange, seen from one rank."""
     shares = [share(request, transport.rank, shape) for request in requests]
@@ -168,16 +171,20 @@ def layer_of(
         Exchange(segments, transport, ranges),
         queries=[q for q, _ in shares],
         kv=pool,
-        kernel=kernel_for(pool.device),
+        kernel=kernel,
         scale=shape.scale,
     )
 
 
 def attend(
-    requests: Sequence[Request], strategy: Strategy, transport: Transport, shape: Shape
+    requests: Sequence[Request],
+    strategy: Strategy,
+    transport: Transport,
+    shape: Shape,
+    kernel: Kernel = CPU_KERNEL,
 ) -> list[AttentionState]:
     """Attention of one rank's queries of each request; a rank without a share stays away."""
-    layer = layer_of(requests, strategy, transport, shape)
+    layer = layer_of(requests, strategy, transport, shape, kernel)
     if transport.rank not in layer.exchange.ranks:
         return layer.empty_states()
     return finish(STRATEGIES[strategy](layer))

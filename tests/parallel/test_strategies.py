@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
+from threading import Lock
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from fleet import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from longspan.attention.state import AttentionState
+from longspan.attention.tiled import tiled
 from longspan.engine.shard import fair_shares, zigzag
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.transport import Transport
@@ -208,6 +211,23 @@ def test_half_precision_travels_without_a_further_rounding(
     strategy: Strategy, dtype: torch.dtype
 ) -> None:
     assert_fleet_agrees(4, BATCH, strategy, Shape(dtype=dtype))
+
+
+@each_strategy
+def test_the_kernel_for_gpus_serves_every_strategy(strategy: Strategy) -> None:
+    cuda = pytest.importorskip("longspan.attention.cuda", reason="needs Triton")
+    one_at_a_time = Lock()  # Triton's interpreter, which runs it here, knows of no threads
+
+    def kernel(*tensors: Tensor, scale: float, causal: bool = False) -> AttentionState:
+        with one_at_a_time:
+            state: AttentionState = cuda.attention(*tensors, scale=scale, causal=causal)
+        return state
+
+    shape = Shape(4, 2, 16)
+    request = prefill(20, [0, 1, 2], [5, 0, 33])
+    work = partial(attend, [request], strategy, shape=shape, kernel=tiled(kernel))
+    by_rank = run_fleet(3, work)
+    assert_expected(request, [state for (state,) in by_rank], shape)
 
 
 @each_strategy

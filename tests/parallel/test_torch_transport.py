@@ -23,6 +23,7 @@ from longspan.attention.state import AttentionState
 from longspan.engine.shard import zigzag
 from longspan.ops import Strategy as Travelling
 from longspan.ops import attention, context_parallel_attention
+from longspan.parallel.staged_transport import StagedTransport
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.transport import TorchTransport, Transport
 from longspan.plan import Run, Strategy, Traffic
@@ -302,6 +303,18 @@ def test_exchanges_under_way_at_once_and_their_traffic_are_those_of_threads(
 def traffic_of_attention(strategy: Strategy, transport: Transport) -> Traffic:
     attend(REQUESTS, strategy, transport, Shape())
     return transport.take_traffic()[strategy]
+
+
+def staged(group: dist.ProcessGroup | None) -> list[list[AttentionState]]:
+    transport = StagedTransport(group)
+    return [attend(REQUESTS, strategy, transport, Shape()) for strategy in SHARED]
+
+
+def test_messages_that_are_copied_first_arrive_as_others_do(world: World) -> None:
+    """As ranks that share a GPU send them; here the copies are from the host's memory to itself."""
+    for states_by_rank in zip(*run_group(world, 3, staged), strict=True):
+        for request, states in zip(REQUESTS, zip(*states_by_rank, strict=True), strict=True):
+            assert_expected(request, states, Shape())
 
 
 def waited_for_backwards(group: dist.ProcessGroup | None) -> list[float]:
