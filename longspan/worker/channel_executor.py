@@ -20,7 +20,7 @@ from longspan.topology import Topology
 from longspan.worker.channel import Channel, Done, Execute, Failed, Measure, Measured, Ready, Start
 from longspan.worker.control_port import listen
 from longspan.worker.host import Host
-from longspan.worker.local_ranks import GRACE_SECONDS
+from longspan.worker.rank_process import GRACE_SECONDS
 
 __all__ = ["ChannelExecutor"]
 
