@@ -18,13 +18,13 @@ def start_engine(config: EngineConfig) -> Engine:
         UnsupportedModelError: the model can't be served exactly.
         RankFailedError: a rank could not start.
     """
+    rates = None if config.calibration is None else Calibration.load(config.calibration).rates
     if config.executor == "mp":
         Forker.prepare()
     from longspan.models import load_spec  # imports torch and transformers, which takes seconds
     from longspan.tokenizer import load_tokenizer
     from longspan.worker.fleet import start_fleet
 
-    rates = None if config.calibration is None else Calibration.load(config.calibration).rates
     spec = load_spec(config)
     if config.executor == "mp":
         Forker.current()

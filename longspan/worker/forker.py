@@ -60,7 +60,7 @@ class Forker:
             begin = _split_off if self.in_program else _start
             self.pid, end = begin(theirs, self._said)
         self._surroundings = _surroundings()
-        weakref.finalize(self, _stop, self._control, end)
+        weakref.finalize(self, _stop, end, self._control, self._said)
 
     def fork(self, spawn: Spawn, channel: socket.socket, log: IO[bytes]) -> RankProcess:
         """Start a rank that talks to the engine over `channel`; what it prints goes to `log`.
@@ -129,7 +129,8 @@ def _split_off(control: socket.socket, said: IO[bytes]) -> tuple[int, Callable[[
     return pid, end
 
 
-def _stop(control: socket.socket, end: Callable[[], object]) -> None:
-    """Nobody is left who holds this, and so no rank."""
-    control.close()
+def _stop(end: Callable[[], object], control: socket.socket, said: IO[bytes]) -> None:
+    """Nobody is left who could ask for a rank or has one."""
     end()
+    control.close()
+    said.close()

@@ -30,6 +30,7 @@ class LocalRanks:
         self.folder = Path(tempfile.mkdtemp(prefix="longspan-"))
         self.processes: dict[int, RankProcess] = {}
         self._place = place
+        self._forker = Forker.current()
         self._threads = max((os.cpu_count() or 1) // len(ranks), 1)
 
     def place(self, _: int) -> str:
@@ -45,7 +46,7 @@ class LocalRanks:
         """
         spawn = Spawn(interface, self._threads, str(self.folder))
         with channel, open(self._log(rank), "wb") as log:
-            self.processes[rank] = Forker.current().fork(spawn, channel, log)
+            self.processes[rank] = self._forker.fork(spawn, channel, log)
 
     def lost(self) -> RankFailedError | None:
         """How a rank ended and its last words, if one has."""
