@@ -33,8 +33,8 @@ class Forker:
     """
 
     in_program: ClassVar[bool] = False
-    """Whether this process is a program of Longspan's own and not a user's: then it may be forked
-    itself, as long as it has one thread and has not used a GPU."""
+    """Whether this process is a program of Longspan's own and not a user's: then it is forked
+    itself, where it has one thread; it has used no GPU when the first engine starts."""
 
     _current: ClassVar["Forker | None"] = None
     _lock: ClassVar[threading.Lock] = threading.Lock()
@@ -57,7 +57,8 @@ class Forker:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         with theirs:
-            begin = _split_off if self.in_program else _start
+            alone = self.in_program and threading.active_count() == 1
+            begin = _split_off if alone else _start
             self.pid, end = begin(theirs, self._said)
         self._surroundings = _surroundings()
         weakref.finalize(self, _stop, end, self._control, self._said)
