@@ -200,5 +200,5 @@ def _stop(
     selector.close()
     for channel in channels.values():
         channel.close()
-    for host in hosts:
+    for host in reversed(hosts):  # other nodes are let go of before this one's ranks are waited for
         host.stop()
