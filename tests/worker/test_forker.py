@@ -95,9 +95,10 @@ def test_what_keeps_ranks_from_starting_is_told(
     (tmp_path / "torch.py").write_text("raise ImportError('no such torch')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     spawn = Spawn("lo", threads=1, folder=str(tmp_path))
-    channel, _ = socket.socketpair()
+    engine, channel = socket.socketpair()
     told = r"the process that starts ranks .* has ended\n(.*\n)*.*no such torch"
     with (
+        engine,
         channel,
         open(tmp_path / "log", "wb") as log,
         pytest.raises(RankFailedError, match=told),
