@@ -11,6 +11,7 @@ from longspan.cost.kv_shape import KVShape
 from longspan.cost.samples import fit_rates
 from longspan.models import load_spec
 from longspan.worker.fleet import start_fleet
+from longspan.worker.forker import Forker
 from longspan.worker.launch import kind_of_device
 
 
@@ -22,6 +23,8 @@ def measured(config: EngineConfig) -> Calibration:
         RankFailedError: a rank could not start, or died.
     """
     spec = load_spec(config)
+    if config.executor == "mp":
+        Forker.current()
     fleet = start_fleet(config, spec)
     try:
         samples = fleet.measure()

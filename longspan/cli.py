@@ -24,6 +24,7 @@ from longspan.errors import InvalidRequestError, LongspanError, RankFailedError
 from longspan.options import with_options
 from longspan.sampling_params import SamplingParams
 from longspan.server.config import ServerConfig
+from longspan.worker.forker import Forker
 
 if TYPE_CHECKING:
     from longspan.outputs import CompletionOutput, RequestOutput
@@ -44,6 +45,7 @@ def main() -> None:
     """The program `longspan`."""
     # A mistyped model would else be told about each of the hub's retries, besides the error.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    Forker.in_program = True
     app(prog_name="longspan")
 
 

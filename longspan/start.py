@@ -5,9 +5,7 @@ import logging
 from longspan.config import EngineConfig
 from longspan.cost.calibration import Calibration
 from longspan.engine.engine import Engine
-from longspan.models import load_spec
-from longspan.tokenizer import load_tokenizer
-from longspan.worker.fleet import start_fleet
+from longspan.worker.forker import Forker
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +19,15 @@ def start_engine(config: EngineConfig) -> Engine:
         RankFailedError: a rank could not start.
     """
     rates = None if config.calibration is None else Calibration.load(config.calibration).rates
+    if config.executor == "mp":
+        Forker.prepare()
+    from longspan.models import load_spec  # imports torch and transformers, which takes seconds
+    from longspan.tokenizer import load_tokenizer
+    from longspan.worker.fleet import start_fleet
+
     spec = load_spec(config)
+    if config.executor == "mp":
+        Forker.current()
     tokenizer = load_tokenizer(config)
     engine = Engine(config, spec, start_fleet(config, spec), tokenizer, rates=rates)
     limit, asked = engine.context_limit, config.max_model_len

@@ -1,17 +1,18 @@
-"""The model's tokenizer, where it has one."""
+"""The model's tokenizer, where it has one. Transformers is imported when one is loaded."""
 
 from pathlib import Path
-from typing import TypeGuard
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, TypeGuard
 
 from longspan.config import EngineConfig
 from longspan.errors import ConfigError, InvalidRequestError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
-def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(config: EngineConfig) -> "PreTrainedTokenizerBase | None":
     """The tokenizer of the model, or the one that `config.tokenizer` names; None if it has none.
 
     Without one, prompts must be token ids and outputs have no text.
@@ -19,6 +20,8 @@ def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase | None:
     Raises:
         ConfigError: the tokenizer that was asked for by name can't be loaded.
     """
+    from transformers import AutoTokenizer
+
     name = config.tokenizer or config.model
     folder = Path(name)
     if not config.tokenizer and folder.is_dir() and not any((folder / f).is_file() for f in _FILES):
@@ -35,7 +38,7 @@ def load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase | None:
 
 
 def encoded(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
+    tokenizer: "PreTrainedTokenizerBase", text: str, *, add_special_tokens: bool = True
 ) -> list[int]:
     """The token ids of a text, as `tokenizer.encode` has them.
 
@@ -60,8 +63,10 @@ def encoded(
     return token_ids
 
 
-def is_plain(tokenizer: PreTrainedTokenizerBase) -> TypeGuard[PreTrainedTokenizerFast]:
+def is_plain(tokenizer: "PreTrainedTokenizerBase") -> "TypeGuard[PreTrainedTokenizerFast]":
     """Whether it only passes text on to the tokenizers library, whole and as it is."""
+    from transformers import PreTrainedTokenizerFast
+
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return False
     backend = tokenizer.backend_tokenizer

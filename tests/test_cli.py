@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 import psutil
 import pytest
 import typer
+from family import ranks_of
 from typer.testing import CliRunner, Result
 
 import longspan.demo
@@ -521,15 +522,15 @@ def test_ctrl_c_ends_everything() -> None:
         line = process.stderr.readline()
         while line and not line.startswith("longspan: prompt"):
             line = process.stderr.readline()
-        ranks = psutil.Process(process.pid).children(recursive=True)
-        assert len(ranks) == 2
+        assert len(ranks_of(process.pid)) == 2
+        started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         text, rest = process.communicate(timeout=30)
         assert (process.returncode, text) == (130, "")
         assert [line for line in rest.splitlines() if "longspan: prompt" not in line] == [
             "interrupted"
         ]
-        assert not psutil.wait_procs(ranks, timeout=5)[1]
+        assert not psutil.wait_procs(started, timeout=5)[1]
 
 
 def test_a_terminal_gets_the_text_as_it_is_drawn() -> None:
@@ -573,13 +574,13 @@ def test_the_streamed_text_is_that_of_generate() -> None:
 def test_ctrl_c_while_ranks_start() -> None:
     options = ("--prompt", "p", "--context-parallel-size", "2", "--kv-cache-tokens", "800")
     with program("generate", MODEL, *options) as process:
-        parent = psutil.Process(process.pid)
-        while len(ranks := parent.children()) < 2 and process.poll() is None:
+        while len(ranks_of(process.pid)) < 2 and process.poll() is None:
             time.sleep(0.02)
+        started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         text, rest = process.communicate(timeout=30)
         assert (process.returncode, text, rest) == (130, "", "interrupted\n")
-        assert not psutil.wait_procs(ranks, timeout=5)[1]
+        assert not psutil.wait_procs(started, timeout=5)[1]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import zoo
 from longspan import LLM, SamplingParams
 from longspan.errors import EngineStoppedError, RankFailedError
 from longspan.plan import Part, RankPlan, Run, Segment, Shard
+from longspan.worker.forker import Forker
 from longspan.worker.processes import ProcessExecutor
 
 LONG = SamplingParams(temperature=0, max_tokens=2000, ignore_eos=True)
@@ -72,11 +73,13 @@ def test_a_rank_that_cannot_load_says_why_and_ends_all(model: Path, tmp_path: Pa
     broken = zoo.build("llama", tmp_path / "broken")
     weights = broken / "model.safetensors"
     header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
-    before = set(psutil.Process().children())
+    forker = Forker.current()
+    before = set(psutil.Process(forker.pid).children())
     weights.write_bytes(weights.read_bytes()[: header + 100])
     with pytest.raises(Exception, match=r"(?i)safetensors|weights|incomplete"):
         start(broken)
-    assert set(psutil.Process().children()) <= before
+    assert Forker.current() is forker
+    assert set(psutil.Process(forker.pid).children()) <= before
 
 
 def test_close_and_with_leave_nothing(model: Path) -> None:
@@ -144,6 +147,8 @@ def test_a_signal_to_the_engine_ends_every_rank_within_seconds(
 ) -> None:
     process = run_script(model, 4000, [sys.executable, "-c"], stdin=False, folder=tmp_path)
     pids = read_pids(process)
+    [forker] = psutil.Process(process.pid).children()
+    assert pids == [rank.pid for rank in forker.children()]
     time.sleep(1)
     assert all(psutil.pid_exists(pid) for pid in pids)
     process.send_signal(sent)
@@ -151,5 +156,5 @@ def test_a_signal_to_the_engine_ends_every_rank_within_seconds(
     assert process.returncode != 0
     if sent == signal.SIGINT:
         assert errors.rstrip().endswith("KeyboardInterrupt")
-    wait_until_gone(pids)
+    wait_until_gone([forker.pid, *pids])
     assert not list(tmp_path.iterdir())

@@ -1,14 +1,17 @@
-"""A worker process: `python -m longspan.worker FD FOLDER`, one a rank.
+"""The process that forks ranks: `python -m longspan.worker FD`. See `longspan.worker.forks`.
 
-It is started by the engine, or by another node's agent, and talks to the engine over the socket FD.
-Its starter holds its standard input and has a temporary FOLDER.
+It is started by the engine, or by another node's agent, which talks to it over the socket FD.
 """
 
+import os
 import sys
 from socket import socket
 
-from longspan.worker.channel import Channel
-from longspan.worker.rank import serve
+from longspan.worker.preload import preload
 
 if __name__ == "__main__":
-    serve(Channel(socket(fileno=int(sys.argv[1]))), lifeline=sys.stdin, folder=sys.argv[2])
+    preload()
+    from longspan.worker.forks import Forks
+
+    Forks(socket(fileno=int(sys.argv[1]))).run()
+    os._exit(0)  # an interpreter with torch takes its time to end

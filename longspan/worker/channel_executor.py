@@ -20,7 +20,7 @@ from longspan.topology import Topology
 from longspan.worker.channel import Channel, Done, Execute, Failed, Measure, Measured, Ready, Start
 from longspan.worker.control_port import listen
 from longspan.worker.host import Host
-from longspan.worker.local_ranks import GRACE_SECONDS
+from longspan.worker.rank_process import GRACE_SECONDS
 
 __all__ = ["ChannelExecutor"]
 
@@ -200,5 +200,5 @@ def _stop(
     selector.close()
     for channel in channels.values():
         channel.close()
-    for host in hosts:
+    for host in reversed(hosts):  # other nodes are let go of before this one's ranks are waited for
         host.stop()

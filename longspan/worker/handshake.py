@@ -9,7 +9,6 @@ for granted, as torch.distributed does.
 
 import contextlib
 import hmac
-import os
 import secrets
 import socket
 import threading
@@ -19,13 +18,10 @@ from typing import Literal, NoReturn, TypeVar
 
 import msgspec
 
-from longspan.errors import ConfigError
 from longspan.worker.channel import Channel, Hello, Proof, Refused
+from longspan.worker.secret import SECRET
 
-__all__ = ["SECONDS", "SECRET", "Unwelcome", "admit", "dial", "introduce", "shared_secret"]
-
-SECRET = "LONGSPAN_SECRET"
-"""The environment variable with the secret that all nodes share."""
+__all__ = ["SECONDS", "Unwelcome", "admit", "dial", "introduce"]
 
 SECONDS = 5.0
 """How long the other side may take for all of its introduction."""
@@ -33,7 +29,6 @@ SECONDS = 5.0
 PROTOCOL = 1
 """Changes with the messages between hosts."""
 
-_MIN_SECRET_BYTES = 16
 _MAX_MESSAGE_BYTES = 1024
 
 _LOST_AFTER_SECONDS = 7
@@ -42,18 +37,6 @@ _LOST_AFTER_SECONDS = 7
 
 class Unwelcome(Exception):
     """What has connected may not come in; says why."""
-
-
-def shared_secret() -> bytes:
-    """The secret of all nodes. Raises ConfigError if it is missing or too short."""
-    value = os.environb.get(SECRET.encode(), b"")
-    if len(value) < _MIN_SECRET_BYTES:
-        found = f"has {len(value)} bytes, less than {_MIN_SECRET_BYTES}" if value else "is not set"
-        raise ConfigError(
-            f"nnodes above 1 needs the environment variable {SECRET}, the same on all nodes; it "
-            f"{found}; make one with: openssl rand -hex 32"
-        )
-    return value
 
 
 def release() -> str:

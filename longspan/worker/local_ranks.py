@@ -5,22 +5,21 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from longspan.errors import RankFailedError
-from longspan.worker.handshake import SECRET
+from longspan.worker.forker import Forker
+from longspan.worker.rank_process import GRACE_SECONDS, RankProcess, Spawn
 
-GRACE_SECONDS = 3.0
-"""How long ranks have to end by themselves before they are killed."""
+_PATIENCE_SECONDS = GRACE_SECONDS + 1
+"""How long a rank may take to end: those that don't by themselves are killed before."""
 
 
 class LocalRanks:
-    """Starts `python -m longspan.worker` for each of some `ranks` on this host.
+    """Starts a process for each of some `ranks` on this host.
 
     A worker ends itself when its channel to the engine closes or when this process ends, so that
     not even a killed one leaves any behind. `place` follows a rank's number in errors.
@@ -29,14 +28,10 @@ class LocalRanks:
     def __init__(self, ranks: Sequence[int], place: str = "") -> None:
         self.ranks = ranks
         self.folder = Path(tempfile.mkdtemp(prefix="longspan-"))
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.processes: dict[int, RankProcess] = {}
         self._place = place
-        self._environment = {
-            "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // len(ranks), 1)),
-            "PYTHONFAULTHANDLER": "1",
-            **os.environ,
-        }
-        self._environment.pop(SECRET, None)
+        self._forker = Forker.current()
+        self._threads = max((os.cpu_count() or 1) // len(ranks), 1)
 
     def place(self, _: int) -> str:
         return self._place
@@ -45,50 +40,43 @@ class LocalRanks:
         """Start a rank that talks to the engine over `channel`, which is closed here.
 
         Gloo talks to the other ranks over a network `interface`, unless the environment says which.
+
+        Raises:
+            RankFailedError: no process can be started.
         """
-        arguments = [str(channel.fileno()), str(self.folder)]
+        spawn = Spawn(interface, self._threads, str(self.folder))
         with channel, open(self._log(rank), "wb") as log:
-            self.processes[rank] = subprocess.Popen(
-                [sys.executable, "-m", "longspan.worker", *arguments],
-                env={"GLOO_SOCKET_IFNAME": interface, **self._environment},
-                stdin=subprocess.PIPE,  # nothing is written; its end tells a worker of ours
-                stdout=log,
-                stderr=log,
-                pass_fds=[channel.fileno()],
-                start_new_session=True,  # Ctrl-C reaches this process only, which ends them
-            )
+            self.processes[rank] = self._forker.fork(spawn, channel, log)
 
     def lost(self) -> RankFailedError | None:
         """How a rank ended and its last words, if one has."""
         for rank, process in self.processes.items():
-            if process.poll() is not None:
+            if process.wait(0):
                 return RankFailedError("\n".join(self._last_words(rank, process)))
         return None
 
     def stop(self) -> None:
         """End all ranks. Those whose channels have been closed before do so by themselves."""
         for process in self.processes.values():
-            assert process.stdin is not None
-            process.stdin.close()
-        deadline = time.monotonic() + GRACE_SECONDS
+            process.let_go()
+        deadline = time.monotonic() + _PATIENCE_SECONDS
         for process in self.processes.values():
-            try:
-                process.wait(max(deadline - time.monotonic(), 0.01))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.wait(max(deadline - time.monotonic(), 0))
+            process.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _last_words(self, rank: int, process: subprocess.Popen[bytes]) -> Iterator[str]:
-        status = process.returncode
-        reason = (
-            f"was killed by {signal.Signals(-status).name}"
-            if status < 0
-            else (f"ended with status {status}")
-        )
-        yield f"rank {rank}{self._place} (pid {process.pid}) {reason}"
+    def _last_words(self, rank: int, process: RankProcess) -> Iterator[str]:
+        yield f"rank {rank}{self._place} (pid {process.pid}) {_end(process.returncode)}"
         with contextlib.suppress(OSError):
             yield from self._log(rank).read_text(errors="replace").splitlines()[-20:]
 
     def _log(self, rank: int) -> Path:
         return self.folder / f"rank{rank}.log"
+
+
+def _end(status: int | None) -> str:
+    if status is None:
+        return "ended after the process that had started it"
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with status {status}"

@@ -12,9 +12,11 @@ from longspan.models import load_spec
 from longspan.worker.channel import Attach, Channel, Failed, Join, Lend, Refused
 from longspan.worker.control_port import PATIENCE_SECONDS
 from longspan.worker.digest import config_digest
-from longspan.worker.handshake import Unwelcome, dial, shared_secret
+from longspan.worker.forker import Forker
+from longspan.worker.handshake import Unwelcome, dial
 from longspan.worker.interface import interface_of
 from longspan.worker.local_ranks import LocalRanks
+from longspan.worker.secret import shared_secret
 
 __all__ = ["lend"]
 
@@ -34,6 +36,7 @@ def lend(config: EngineConfig, say: Callable[[str], None]) -> None:
     """
     secret = shared_secret()
     load_spec(config)
+    Forker.current()
     name = f"node {config.node_rank} ({socket.gethostname()})"
     with contextlib.closing(_dial_patiently(config, secret, say)) as link:
         link.send(
@@ -87,8 +90,7 @@ def _watch(link: Channel, ranks: LocalRanks) -> None:
     news = select.poll()
     news.register(link, select.POLLRDHUP)
     for process in ranks.processes.values():
-        assert process.stdin is not None
-        news.register(process.stdin, 0)  # its end is always reported
+        news.register(process, select.POLLIN)
     while link.fileno() not in dict(news.poll()):
         # When the engine ends, so do its ranks, and one of them may be seen to end before it.
         time.sleep(_SETTLE_SECONDS)

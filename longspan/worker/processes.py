@@ -11,11 +11,11 @@ from longspan.worker.channel import Channel
 from longspan.worker.channel_executor import ChannelExecutor
 from longspan.worker.control_port import ControlPort
 from longspan.worker.digest import config_digest
-from longspan.worker.handshake import shared_secret
 from longspan.worker.interface import interface_of
 from longspan.worker.launch import kind_of_device
 from longspan.worker.local_ranks import LocalRanks
 from longspan.worker.nodes import Node, gather, start_ranks
+from longspan.worker.secret import shared_secret
 
 
 class ProcessExecutor(ChannelExecutor):

@@ -1,7 +1,6 @@
 """A rank in a process of its own: does what the engine says, and ends when the engine does."""
 
 import contextlib
-import gc
 import os
 import select
 import shutil
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 from longspan.errors import LongspanError
 from longspan.worker.channel import Channel, Done, Execute, Failed, Measure, Measured, Ready, Start
+from longspan.worker.preload import preload
 
 __all__ = ["serve"]
 
@@ -49,13 +49,11 @@ def _end_with_engine(channel: Channel, lifeline: IO[Any] | None, folder: str | N
 def _obey(channel: Channel) -> None:
     start = channel.receive()
     assert isinstance(start, Start)
-    gc.disable()  # what is imported stays, and the collector would go through it over and over
+    preload()
     from longspan.worker.digest import model_digest
     from longspan.worker.launch import launch, rates_of
     from longspan.worker.measure import measure, measure_links
 
-    gc.freeze()
-    gc.enable()
     runner = launch(start)
     digest = model_digest(runner.model)
     messages = measure_links(runner) if start.config.calibration is None else ()

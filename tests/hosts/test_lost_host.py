@@ -9,6 +9,7 @@ from subprocess import PIPE
 
 import psutil
 import zoo
+from family import ranks_of
 from netns import Hosts
 
 PROGRAM = [sys.executable, "-c", "from longspan.cli import main; main()"]
@@ -36,7 +37,7 @@ def test_all_end_on_both_sides_of_a_cut_link(tmp_path: Path) -> None:
         )
         started = engine.stdout.read(10)
         assert started, engine.stderr.read()
-        pids = [rank.pid for each in (engine, node) for rank in psutil.Process(each.pid).children()]
+        pids = [rank for each in (engine, node) for rank in ranks_of(each.pid)]
         assert len(pids) == 2
         hosts[1].run("ip", "link", "set", hosts[1].device, "down")
         # Some 7 s of silence are a loss.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from family import ranks_of
 
 SECRET = "a secret that nobody guesses"
 SERVE = [sys.executable, "-c", "from longspan.cli import main; main()", "serve"]
@@ -57,7 +58,7 @@ class NodeProgram:
 
     def rank_pids(self) -> list[int]:
         """The processes of the ranks that it has started."""
-        return [child.pid for child in psutil.Process(self.process.pid).children()]
+        return ranks_of(self.process.pid)
 
     def end(self) -> int:
         """Wait for its end; returns its status."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import openai
-import psutil
+from family import ranks_of
 
 SERVE = [sys.executable, "-c", "from longspan.cli import main; main()", "serve"]
 PATIENCE_S = 120.0
@@ -60,7 +60,7 @@ class ServerProgram:
         return sum(map(float, lines))
 
     def rank_pids(self) -> list[int]:
-        return [child.pid for child in psutil.Process(self.process.pid).children()]
+        return ranks_of(self.process.pid)
 
     def wait_until_idle(self) -> None:
         """No request has a page or waits for one."""
