@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test soak lint format demo bench clean
+.PHONY: install test soak fuzz lint format demo bench clean
 
 install: .venv/installed
 
@@ -21,6 +21,10 @@ test: lint
 # Ten times the steps of the tests' invariants; takes some ten minutes.
 soak: install
 	LONGSPAN_SOAK_STEPS=1000000 $(BIN)/python -m pytest -s tests/engine/test_invariants.py
+
+# Some thousand requests made of the server's own description of its API; takes some ten minutes.
+fuzz: install
+	LONGSPAN_FUZZ_CASES=2000 $(BIN)/python -m pytest -s tests/server/test_fuzz.py
 
 lint: install
 	$(BIN)/ruff check .
