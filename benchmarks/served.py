@@ -54,7 +54,7 @@ class Server:
     """`longspan serve` with its ranks; use it in a `with` block."""
 
     def __init__(self, model: Path, folder: Path, **options: Any) -> None:
-        words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        words = [option(name.replace("_", "-"), value) for name, value in options.items()]
         self._log = folder / f"server-{time.monotonic_ns()}.log"
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
@@ -110,6 +110,12 @@ class Server:
     ) -> None:
         self._process.terminate()
         self._process.wait()
+
+
+def option(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
 
 
 @dataclass(slots=True)

@@ -247,7 +247,7 @@ class DetokenizeRequest(Body):
 
 
 def limited_tokens(asked: int | None, default: int | None, limit: int | None) -> int | None:
-    """`max_tokens` under the server's limit; where nothing is said, the lower one of both others."""
+    """`max_tokens` under the server's limit; without one the lower of the others."""
     if asked is None:
         return min((one for one in (default, limit) if one is not None), default=None)
     if limit is not None and asked > limit:
