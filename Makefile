@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test soak lint format demo bench gpu-check clean
+.PHONY: install test soak fuzz lint format demo bench gpu-check clean
 
 install: .venv/installed
 
@@ -22,6 +22,10 @@ test: lint
 soak: install
 	LONGSPAN_SOAK_STEPS=1000000 $(BIN)/python -m pytest -s tests/engine/test_invariants.py
 
+# Some thousand requests made of the server's own description of its API; takes some ten minutes.
+fuzz: install
+	LONGSPAN_FUZZ_CASES=2000 $(BIN)/python -m pytest -s tests/server/test_fuzz.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,7 +40,7 @@ demo: install
 
 # Not part of the tests: takes minutes each, and wants a machine that does nothing else.
 # One of them: `make bench-growth`; its options: `make bench-growth ARGS='--repeats 5'`.
-bench: bench-generate bench-elasticity bench-growth bench-scheduling bench-simulate \
+bench: bench-generate bench-elasticity bench-growth bench-scheduling bench-serving bench-simulate \
 	bench-strategies bench-hosts
 
 bench-%: install

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 import longspan
 from longspan.server import errors
@@ -33,6 +33,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"description": "Too many requests wait; Retry-After says when to come again."},
     503: {"description": "The engine has stopped, or is about to."},
 }
+_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {EventStream.media_type: {}}}}
 
 
 def build_app(serving: Serving) -> FastAPI:
@@ -80,17 +81,17 @@ def _add_guards(app: FastAPI, serving: Serving) -> None:
 
 
 def _add_generation(app: FastAPI, serving: Serving) -> None:
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_EVENTS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Complete prompts: texts, or lists of token ids."""
         return await serving.complete(body, request)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_EVENTS)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer the last message of a conversation, by the model's chat template."""
         return await serving.chat(body, request)
 
-    @app.get("/v1/requests/{request_id}/progress")
+    @app.get("/v1/requests/{request_id}/progress", responses=_EVENTS)
     async def progress(request_id: str) -> Response:
         """Events that tell how far a running request is; its id is its answer's X-Request-Id."""
         if serving.engine.progress(request_id) is None:
@@ -165,7 +166,7 @@ def _add_state(app: FastAPI, serving: Serving) -> None:
         """Longspan's version."""
         return json_response({"version": longspan.__version__})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(serving.metrics.text(), media_type=CONTENT_TYPE_LATEST)

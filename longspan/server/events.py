@@ -1,7 +1,7 @@
 """Server-sent events, and what happens when nobody listens any more."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -49,20 +49,6 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
         finally:
             self._finish()
-
-
-async def with_silences(source: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None, None]:
-    """What comes from a source, and None after each time of so many seconds without anything."""
-    while True:
-        try:
-            async with asyncio.timeout(seconds):
-                item = await anext(source)
-        except TimeoutError:
-            yield None
-        except StopAsyncIteration:
-            return
-        else:
-            yield item
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T | None:

@@ -19,7 +19,8 @@ from longspan.sampling_params import SamplingParams
 from longspan.server.body import UNSUPPORTED, Body
 from longspan.server.config import ServerConfig
 
-_PROMPT_TYPES = str | list[str] | list[int] | list[list[int]]
+_TokenId = Annotated[int, Field(ge=0)]
+_PROMPT_TYPES = str | list[str] | list[_TokenId] | list[list[_TokenId]]
 
 
 def prompt_list(value: Any) -> list[str | list[int]]:
@@ -49,9 +50,9 @@ def _token_ids(value: Any) -> list[int]:
 
 
 Prompts = Annotated[Any, PlainValidator(prompt_list, json_schema_input_type=_PROMPT_TYPES)]
-TokenIds = Annotated[list[int], PlainValidator(_token_ids, json_schema_input_type=list[int])]
+TokenIds = Annotated[list[int], PlainValidator(_token_ids, json_schema_input_type=list[_TokenId])]
 Stops = Annotated[Any, PlainValidator(lambda value: value, json_schema_input_type=str | list[str])]
-StopIds = Annotated[Any, PlainValidator(lambda value: value, json_schema_input_type=list[int])]
+StopIds = Annotated[Any, PlainValidator(lambda value: value, json_schema_input_type=list[_TokenId])]
 """`SamplingParams` checks these."""
 
 
@@ -65,6 +66,8 @@ class StreamOptions(BaseModel):
 
 class Generation(Body, ABC):
     """What a request may say about how tokens are drawn, and how they are sent."""
+
+    default_max_tokens: ClassVar[int | None] = None
 
     n: int | None = None
     temperature: float | None = None
@@ -104,7 +107,9 @@ class Generation(Body, ABC):
         names = SamplingParams.__dataclass_fields__.keys() & Generation.model_fields.keys()
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         given |= self._own_params()
-        given["max_tokens"] = limited_tokens(given["max_tokens"], config.max_output_tokens)
+        given["max_tokens"] = limited_tokens(
+            given["max_tokens"], self.default_max_tokens, config.max_output_tokens
+        )
         if given.get("n", 1) > config.max_n:
             raise InvalidRequestError(f"n={given['n']} must be at most {config.max_n}")
         if (given["logprobs"] or 0) > config.max_logprobs:
@@ -121,6 +126,7 @@ class Generation(Body, ABC):
 class CompletionRequest(Generation):
     """The body of /v1/completions."""
 
+    default_max_tokens: ClassVar[int | None] = 16
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED | {
         "suffix": ("",),
         "best_of": (1,),
@@ -140,10 +146,7 @@ class CompletionRequest(Generation):
         return self
 
     def _own_params(self) -> dict[str, Any]:
-        return {
-            "max_tokens": 16 if self.max_tokens is None else self.max_tokens,
-            "logprobs": self.logprobs,
-        }
+        return {"max_tokens": self.max_tokens, "logprobs": self.logprobs}
 
 
 class TextPart(BaseModel):
@@ -243,8 +246,10 @@ class DetokenizeRequest(Body):
     tokens: TokenIds
 
 
-def limited_tokens(asked: int | None, limit: int | None) -> int | None:
-    """`max_tokens` under the server's limit, which is also what is meant where nothing is said."""
-    if limit is not None and asked is not None and asked > limit:
+def limited_tokens(asked: int | None, default: int | None, limit: int | None) -> int | None:
+    """`max_tokens` under the server's limit; without one the lower of the others."""
+    if asked is None:
+        return min((one for one in (default, limit) if one is not None), default=None)
+    if limit is not None and asked > limit:
         raise InvalidRequestError(f"max_tokens={asked} must be at most {limit}")
-    return limit if asked is None else asked
+    return asked

@@ -5,9 +5,9 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -29,7 +29,6 @@ from longspan.server.events import (
     EventStream,
     event,
     unless_gone,
-    with_silences,
 )
 from longspan.server.metrics import Metrics
 from longspan.server.protocol import ChatRequest, CompletionRequest, Generation
@@ -191,14 +190,14 @@ class Serving:
     ) -> AsyncGenerator[bytes, None]:
         """An answer as it is drawn. An error after its beginning is an event too."""
         try:
-            async with aclosing(with_silences(stream, self.config.heartbeat_interval)) as news:
-                async for output in news:
-                    if output is None:
-                        yield HEARTBEAT
-                        continue
+            while not stream.over:
+                outputs = await stream.read(self.config.heartbeat_interval)
+                for output in outputs:
                     record.count(output)
-                    if chunks := b"".join(map(event, answer.chunks(output))):
-                        yield chunks
+                chunks = chain.from_iterable(map(answer.chunks, outputs))
+                # One message, though a client that reads slowly may have several outputs to come.
+                if news := b"".join(map(event, chunks)) if outputs else HEARTBEAT:
+                    yield news
             if usage:
                 yield event(answer.last_chunk())
         except LongspanError as error:
@@ -210,12 +209,13 @@ class Serving:
 async def _collected(stream: Stream, record: Record) -> list[RequestOutput]:
     """The whole outputs of a stream, one for each prompt."""
     wholes: dict[int, RequestOutput] = {}
-    async for output in stream:
-        record.count(output)
-        if output.prompt_index in wholes:
-            wholes[output.prompt_index].add(output)
-        else:
-            wholes[output.prompt_index] = output
+    async for outputs in stream:
+        for output in outputs:
+            record.count(output)
+            if output.prompt_index in wholes:
+                wholes[output.prompt_index].add(output)
+            else:
+                wholes[output.prompt_index] = output
     return list(wholes.values())
 
 

@@ -41,11 +41,12 @@ def front_of(engine: Engine, max_waiting: int = 1000) -> AsyncEngine:
 async def wholes(stream: Stream) -> dict[int, RequestOutput]:
     """The outputs of a stream's prompts, put together from its increments."""
     made: dict[int, RequestOutput] = {}
-    async for output in stream:
-        if output.prompt_index in made:
-            made[output.prompt_index].add(output)
-        else:
-            made[output.prompt_index] = output
+    async for outputs in stream:
+        for output in outputs:
+            if output.prompt_index in made:
+                made[output.prompt_index].add(output)
+            else:
+                made[output.prompt_index] = output
     return made
 
 

@@ -32,7 +32,12 @@ class ServerProgram:
                 stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)},
             )
-        wait_until(lambda: self._address() is not None or self.process.poll() is not None, "it")
+        try:
+            wait_until(lambda: self._address() or self.process.poll() is not None, "its start")
+        except AssertionError:
+            self.process.kill()
+            self.end()
+            raise
         address = self._address()
         assert address is not None, self.said
         self.url = address
@@ -78,7 +83,7 @@ class ServerProgram:
         self.end()
 
 
-def wait_until(met: Callable[[], bool], what: str, seconds: float = PATIENCE_S) -> None:
+def wait_until(met: Callable[[], object], what: str, seconds: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + seconds
     while not met():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
