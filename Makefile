@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test soak lint format demo bench clean
+.PHONY: install test soak lint format demo bench bench-peers clean
 
 install: .venv/installed
 
@@ -39,8 +39,13 @@ demo: install
 bench: bench-generate bench-elasticity bench-growth bench-scheduling bench-simulate \
 	bench-strategies bench-hosts
 
+# Beside vLLM and transformers; makes an environment for vLLM first. A quick look, some minutes:
+# `make bench-peers ARGS='--lengths 4096 --batches 1 --dtypes float32'`.
+bench-peers: install
+	$(BIN)/python benchmarks/peers/compare.py $(ARGS)
+
 bench-%: install
 	$(BIN)/python benchmarks/$*.py $(ARGS)
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
