@@ -3,8 +3,10 @@
 Shapes: M rows, K inputs, N outputs.
 """
 
-from ctypes import c_int64, c_void_p
+from collections.abc import Callable
+from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +30,7 @@ _SOURCE = Path(__file__).parent / "csrc" / "linear.cpp"
 class FastLinear(nn.Linear):
     """Computes what `nn.Linear` does, for inference on CPU, with the parameters of another one.
 
-    Sums are float32 and rounded once. With up to `MOST_ROWS` rows, a row's result does not depend
-    on the other rows.
+    Sums are float32 and rounded once. In the kernel a row's result does not depend on the others.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -38,22 +39,19 @@ class FastLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.training = linear.training
         dtype = self.weight.dtype
-        compiled = library(_SOURCE) if self._suits_kernel() else None
-        self._kernel = (
-            getattr(compiled, f"longspan_linear_{str(dtype).removeprefix('torch.')}")
-            if compiled
-            else None
-        )
+        self._kernel = _kernel_of(dtype) if self._suits_kernel() else None
+        # PyTorch's own product with one row of half precision reads weights as fast as ours.
+        self._least_rows = 1 if dtype == torch.float32 else 2
         self._is_widened = not _is_native(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N], of the same dtype."""
         rows = input.numel() // self.in_features
+        if rows < self._least_rows:
+            return super().forward(input)
         if self._kernel is not None and rows <= MOST_ROWS:
             return self._few_rows(input, rows)
-        if self._is_widened and rows > 1:  # a single row is as fast in PyTorch's own product
-            return self._by_widened_blocks(input)
-        return super().forward(input)
+        return self._by_widened_blocks(input) if self._is_widened else super().forward(input)
 
     def _suits_kernel(self) -> bool:
         return (
@@ -68,11 +66,13 @@ class FastLinear(nn.Linear):
         out = input.new_empty(*input.shape[:-1], self.out_features)
         threads = torch.get_num_threads() if weight.numel() >= PARALLEL_WEIGHTS else 1
         self._kernel(
-            _address(x),
-            _address(weight),
-            None if bias is None else _address(bias),
-            _address(out),
-            *map(c_int64, (rows, self.out_features, self.in_features)),
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            rows,
+            self.out_features,
+            self.in_features,
             threads,
         )
         return out
@@ -96,8 +96,13 @@ def use_fast_linears(model: nn.Module) -> None:
                 setattr(module, name, FastLinear(child))
 
 
-def _address(tensor: Tensor) -> c_void_p:
-    return c_void_p(tensor.data_ptr())
+def _kernel_of(dtype: torch.dtype) -> Callable[..., None] | None:
+    compiled = library(_SOURCE)
+    if compiled is None:
+        return None
+    kernel = getattr(compiled, f"longspan_linear_{str(dtype).removeprefix('torch.')}")
+    kernel.argtypes, kernel.restype = (*[c_void_p] * 4, *[c_int64] * 3, c_int), None
+    return cast(Callable[..., None], kernel)
 
 
 def _is_native(dtype: torch.dtype) -> bool:
