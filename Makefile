@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test soak fuzz lint format demo bench gpu-check clean
+.PHONY: install test soak fuzz lint format demo bench bench-peers gpu-check clean
 
 install: .venv/installed
 
@@ -43,6 +43,11 @@ demo: install
 bench: bench-generate bench-elasticity bench-growth bench-scheduling bench-serving bench-simulate \
 	bench-strategies bench-hosts
 
+# Beside vLLM and transformers; makes an environment for vLLM first. A quick look, some minutes:
+# `make bench-peers ARGS='--lengths 4096 --batches 1 --dtypes float32'`.
+bench-peers: install
+	$(BIN)/python benchmarks/peers/compare.py $(ARGS)
+
 bench-%: install
 	$(BIN)/python benchmarks/$*.py $(ARGS)
 
@@ -51,4 +56,4 @@ gpu-check: install
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

@@ -29,7 +29,7 @@ DECIDING = (
 """Packages that decide, or that others are told by; they know of no tensors."""
 
 MAY_IMPORT = {
-    "longspan.attention": ("longspan.attention",),
+    "longspan.attention": ("longspan.attention", "longspan.compiled"),
     "longspan.parallel": (
         "longspan.parallel",
         "longspan.attention",

@@ -9,6 +9,7 @@ from longspan.attention import cpu, native, reference
 from longspan.attention.state import AttentionState
 from longspan.attention.tiled import tiled
 from longspan.attention.work import Work
+from longspan.compiled import library
 
 
 class Kernel(Protocol):
@@ -37,5 +38,5 @@ def kernel_for(device: torch.device) -> Kernel:
         return tiled(cuda.attention)
     if device.type != "cpu":
         return tiled(reference.attention)
-    library = native.library()
-    return tiled(cpu.attention) if library is None else native.Native(library)
+    compiled = library(native.SOURCE)
+    return tiled(cpu.attention) if compiled is None else native.Native(compiled)

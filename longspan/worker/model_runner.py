@@ -15,6 +15,7 @@ from longspan.parallel.transport import Transport
 from longspan.plan import RankPlan, RankResult
 from longspan.worker import hf_attention
 from longspan.worker.kv_pool import KVPool
+from longspan.worker.linear import use_fast_linears
 from longspan.worker.moves import start_moves
 from longspan.worker.probe import probe
 from longspan.worker.sampler import sample
@@ -46,6 +47,8 @@ class ModelRunner:
             attn_implementation=hf_attention.NAME,
         )
         self.model = model.eval().to(device)
+        if device.type == "cpu":
+            use_fast_linears(self.model)
         self.scale = [layer.scaling for layer in probe(self.model, spec.name, spec.max_model_len)]
         self.pool = KVPool(
             spec.num_layers,

@@ -1,13 +1,7 @@
 """The compiled kernel, over keys that lie anywhere in a pool, is the reference."""
 
-import logging
 import math
-import multiprocessing
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +16,7 @@ from longspan.attention.kv_format import encode
 from longspan.attention.state import AttentionState
 from longspan.attention.tiled import tiled
 from longspan.attention.work import Share, Tile, Work
+from longspan.compiled import library
 
 CPU = torch.device("cpu")
 HEADS = [(8, 2), (16, 2), (14, 2), (6, 6), (8, 1), (2, 1), (9, 1)]
@@ -32,9 +27,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="module")
 def kernel() -> Kernel:
-    library = native.library()
-    assert library is not None
-    return native.Native(library)
+    compiled = library(native.SOURCE)
+    assert compiled is not None
+    return native.Native(compiled)
 
 
 def random_inputs(
@@ -263,40 +258,3 @@ def test_only_the_rows_of_the_work_change(kernel: Kernel) -> None:
     assert bool((state.lse[kept] == 0.5).all())
     assert bool((state.out[2:4] != 7).any(-1).all())
     assert bool((state.lse[2:4] > 0.5).all())
-
-
-LOAD = "from longspan.attention import native; print(native.library() is not None)"
-
-
-def load_elsewhere(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", LOAD],
-        env={**os.environ, "XDG_CACHE_HOME": str(folder), **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-
-
-def test_without_a_compiler_pytorch_is_the_kernel(tmp_path: Path) -> None:
-    done = load_elsewhere(tmp_path, CXX="/bin/false")
-    assert done.stdout == "False\n"
-    assert done.stderr.startswith("the CPU attention kernel can't be compiled")
-    assert len(done.stderr.splitlines()) == 1
-
-
-def _compile(_: int) -> str:
-    return str(native._compiled(native._compiler()))
-
-
-def test_processes_that_start_together_compile_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-O0"))
-    caplog.set_level(logging.INFO)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        files = set(pool.map(_compile, range(2)))
-    (file,) = files
-    inside = tmp_path / "longspan"
-    assert sorted(path.name for path in inside.iterdir()) == [Path(file).name, "attention.lock"]

@@ -1,0 +1,114 @@
+"""Linear layers on CPU: few rows by a kernel of ours, half precision where the CPU has none.
+
+Shapes: M rows, K inputs, N outputs.
+"""
+
+from collections.abc import Callable
+from ctypes import c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from longspan.compiled import library
+
+__all__ = ["FastLinear", "use_fast_linears"]
+
+MOST_ROWS = 32
+"""Up to so many rows the kernel is faster than libraries' products; a decode step has few."""
+PARALLEL_WEIGHTS = 1 << 16
+"""A smaller layer is done before a second thread has begun."""
+BLOCK_WEIGHTS = 1 << 19
+"""Weights that are widened at a time: 2 MiB, which stay in cache until they have been used."""
+KERNEL_MULTIPLE = 16
+
+_SOURCE = Path(__file__).parent / "csrc" / "linear.cpp"
+
+
+class FastLinear(nn.Linear):
+    """Computes what `nn.Linear` does, for inference on CPU, with the parameters of another one.
+
+    Sums are float32 and rounded once. In the kernel a row's result does not depend on the others.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.training = linear.training
+        dtype = self.weight.dtype
+        self._kernel = _kernel_of(dtype) if self._suits_kernel() else None
+        # PyTorch's own product with one row of half precision reads weights as fast as ours.
+        self._least_rows = 1 if dtype == torch.float32 else 2
+        self._is_widened = not _is_native(dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., K] -> [..., N], of the same dtype."""
+        rows = input.numel() // self.in_features
+        if rows < self._least_rows:
+            return super().forward(input)
+        if self._kernel is not None and rows <= MOST_ROWS:
+            return self._few_rows(input, rows)
+        return self._by_widened_blocks(input) if self._is_widened else super().forward(input)
+
+    def _suits_kernel(self) -> bool:
+        return (
+            self.weight.dtype in (torch.float32, torch.bfloat16)
+            and self.weight.is_contiguous()
+            and self.in_features % KERNEL_MULTIPLE == 0
+        )
+
+    def _few_rows(self, input: Tensor, rows: int) -> Tensor:
+        assert self._kernel is not None
+        x, weight, bias = input.float().contiguous(), self.weight, self.bias
+        out = input.new_empty(*input.shape[:-1], self.out_features)
+        threads = torch.get_num_threads() if weight.numel() >= PARALLEL_WEIGHTS else 1
+        self._kernel(
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            rows,
+            self.out_features,
+            self.in_features,
+            threads,
+        )
+        return out
+
+    def _by_widened_blocks(self, input: Tensor) -> Tensor:
+        x = input.float()
+        out = input.new_empty(*input.shape[:-1], self.out_features)
+        size = max(BLOCK_WEIGHTS // self.in_features, 1)
+        for start in range(0, self.out_features, size):
+            block = slice(start, start + size)
+            bias = None if self.bias is None else self.bias[block].float()
+            out[..., block] = functional.linear(x, self.weight[block].float(), bias)
+        return out
+
+
+def use_fast_linears(model: nn.Module) -> None:
+    """Let a model on CPU compute with `FastLinear` wherever it has a plain `nn.Linear`."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                setattr(module, name, FastLinear(child))
+
+
+def _kernel_of(dtype: torch.dtype) -> Callable[..., None] | None:
+    compiled = library(_SOURCE)
+    if compiled is None:
+        return None
+    kernel = getattr(compiled, f"longspan_linear_{str(dtype).removeprefix('torch.')}")
+    kernel.argtypes, kernel.restype = (*[c_void_p] * 4, *[c_int64] * 3, c_int), None
+    return cast(Callable[..., None], kernel)
+
+
+def _is_native(dtype: torch.dtype) -> bool:
+    """Whether the CPU's matrix products of a dtype are not slower than those of float32."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
