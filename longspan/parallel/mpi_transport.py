@@ -1,21 +1,21 @@
 """Tensors between ranks over MPI: through shared memory, where ranks share a host."""
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 
-from mpi4py import MPI  # what starts MPI has told mpi4py before not to do it by itself
+import mpi4py
 from torch import Tensor
 
 from longspan.parallel.transport import Message, Transport, Wait
 from longspan.topology import Topology
 
-SPIN_SECONDS = 50e-6
+mpi4py.rc(initialize=False, finalize=False)  # whoever makes the ranks starts MPI
+from mpi4py import MPI  # noqa: E402
+
+SPIN_SECONDS = 100e-6
 """How long a rank asks without pause whether a message has come."""
-YIELD_SECONDS = 1e-3
-"""How long it then lets others have its core between two questions, before it sleeps."""
 SLEEP_PART = 0.05
-"""How long it sleeps between two questions, as part of what it has waited already."""
+"""How long it then sleeps between two questions, as part of what it has waited already."""
 MAX_SLEEP_SECONDS = 1e-3
 MAX_BYTES = 1 << 30
 """The most of one message: a system call copies less than 2 GiB."""
@@ -67,7 +67,5 @@ def _wait_for(requests: list[MPI.Request]) -> None:
     begun = time.perf_counter()
     while not MPI.Request.Testall(requests):
         waited = time.perf_counter() - begun
-        if waited > YIELD_SECONDS:
+        if waited > SPIN_SECONDS:
             time.sleep(min(SLEEP_PART * waited, MAX_SLEEP_SECONDS))
-        elif waited > SPIN_SECONDS:
-            os.sched_yield()

@@ -13,7 +13,6 @@ import re
 import socket
 import threading
 from pathlib import Path
-from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -37,9 +36,10 @@ def obstacle(topology: Topology) -> str:
     if importlib.util.find_spec("mpi4py") is None:
         return "mpi4py is not installed"
     try:
-        library: str = _load().Get_library_version()
-    except RuntimeError:
+        from longspan.parallel.mpi_transport import MPI
+    except (ImportError, RuntimeError):
         return "mpi4py finds no MPI library"
+    library = MPI.Get_library_version()
     return "" if library.startswith("MPICH") else f"{library.splitlines()[0]} is not MPICH"
 
 
@@ -48,7 +48,9 @@ def join(rank: int, topology: Topology, store: Store) -> Transport:
 
     The ranks are those of one host. Nothing of them is left when they end, however they do.
     """
-    MPI = _load()
+    from longspan.parallel.mpi_transport import MPI, MPITransport
+
+    assert not MPI.Is_initialized()
     size = topology.num_ranks
     ours, theirs = socket.socketpair()
     manager = _ProcessManager(rank, size, store)
@@ -60,27 +62,15 @@ def join(rank: int, topology: Topology, store: Store) -> Transport:
         os.environ["MPIR_CVAR_CH4_CMA_ENABLE"] = "0"
     manager.meet()  # so that the next lines, in which a killed rank leaves a file, are short
     # mpi4py would hold the interpreter's lock, which the thread needs to answer.
-    provided = ctypes.byref(ctypes.c_int())
-    ctypes.CDLL(MPI.__file__).MPI_Init_thread(None, None, MPI.THREAD_FUNNELED, provided)
+    start, provided = ctypes.CDLL(MPI.__file__).MPI_Init_thread, ctypes.c_int()
+    if status := start(None, None, MPI.THREAD_FUNNELED, ctypes.byref(provided)):
+        raise RuntimeError(f"MPI_Init_thread failed: {MPI.Get_error_string(status)}")
     manager.meet()
     _forget_shared_files()
     for name in told:
         del os.environ[name]
     MPI.COMM_WORLD.Set_errhandler(MPI.ERRORS_RETURN)  # as exceptions: not the end of the process
-
-    from longspan.parallel.mpi_transport import MPITransport
-
     return MPITransport(MPI.COMM_WORLD, topology)
-
-
-def _load() -> Any:
-    """mpi4py's module, which is not to start or end MPI."""
-    import mpi4py
-
-    mpi4py.rc(initialize=False, finalize=False)
-    from mpi4py import MPI
-
-    return MPI
 
 
 class _ProcessManager:
