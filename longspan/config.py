@@ -12,6 +12,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Strategy = Literal["auto", "pass_kv", "gather_kv", "pass_q", "tree"]
 Backend = Literal["mp", "uni", "ray"]
+Communication = Literal["auto", "mpi", "gloo"]
 
 GPU_MEMORY_UTILIZATION = 0.9
 """Fraction of a GPU's memory for weights and KV pool, if nothing else is said."""
@@ -99,6 +100,11 @@ class EngineConfig:
         None,
         "'mp': one process for each rank; 'uni': all in this one; 'ray': actors of a Ray cluster. "
         "Default: mp from 2 ranks.",
+    )
+    communication_backend: Communication = option(
+        "auto",
+        "What ranks on CPUs exchange tensors over; 'auto' takes mpi for ranks of one host where "
+        "longspan[mpi] is installed, else gloo. GPUs use NCCL.",
     )
     nnodes: int = option(1, "Number of nodes: hosts that bring ranks, each started by itself.")
     node_rank: int = option(0, "Number of this node; node 0 runs the engine.")
@@ -198,6 +204,7 @@ class EngineConfig:
             ("device", ("auto", "cpu", "cuda")),
             ("attention_strategy", get_args(Strategy)),
             ("distributed_executor_backend", (None, *get_args(Backend))),
+            ("communication_backend", get_args(Communication)),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {choices}")

@@ -233,6 +233,15 @@ def test_ray_is_needed_by_one_file() -> None:
     assert "longspan.worker.ray_executor" not in imports()["longspan.llm"]
 
 
+def test_mpi4py_is_needed_by_one_file_which_only_what_starts_mpi_imports() -> None:
+    users = {m for m, names in imports().items() if any(is_within(n, ("mpi4py",)) for n in names)}
+    assert users == {"longspan.parallel.mpi_transport"}
+    assert {m for m, names in imports().items() if names & users} == {"longspan.worker.mpi"}
+    check = "import sys, longspan.worker.launch; print('mpi4py' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_the_public_names_are_pinned() -> None:
     assert longspan.__all__ == [
         "LLM",

@@ -13,7 +13,7 @@ import pytest
 import zoo
 
 from longspan import LLM, SamplingParams
-from longspan.errors import EngineStoppedError, RankFailedError
+from longspan.errors import ConfigError, EngineStoppedError, RankFailedError
 from longspan.plan import Part, RankPlan, Run, Segment, Shard
 from longspan.worker.forker import Forker
 from longspan.worker.processes import ProcessExecutor
@@ -27,8 +27,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return zoo.build("llama", tmp_path_factory.mktemp("llama"))
 
 
-def start(model: Path) -> LLM:
-    return LLM(str(model), context_parallel_size=2, kv_cache_tokens=4000, min_tokens_per_rank=1)
+def start(model: Path, backend: str = "auto") -> LLM:
+    return LLM(
+        str(model),
+        context_parallel_size=2,
+        kv_cache_tokens=4000,
+        min_tokens_per_rank=1,
+        communication_backend=backend,
+    )
 
 
 def executor(llm: LLM) -> ProcessExecutor:
@@ -43,8 +49,9 @@ def wait_until_gone(pids: list[int], seconds: float = 10.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_killed_rank_ends_all_and_is_named(model: Path) -> None:
-    llm = start(model)
+@pytest.mark.parametrize("backend", ["gloo", "mpi"])
+def test_a_killed_rank_ends_all_and_is_named(model: Path, backend: str) -> None:
+    llm = start(model, backend)
     pids = executor(llm).pids
     llm.engine.add_request(PROMPT["prompt_token_ids"], LONG)
     llm.engine.step()
@@ -80,6 +87,14 @@ def test_a_rank_that_cannot_load_says_why_and_ends_all(model: Path, tmp_path: Pa
         start(broken)
     assert Forker.current() is forker
     assert set(psutil.Process(forker.pid).children()) <= before
+
+
+def test_mpi_that_is_asked_for_and_not_there_is_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPI4PY_MPIABI", "openmpi")  # mpi4py then looks for a library of that kind
+    with pytest.raises(ConfigError, match=r"'mpi': mpi4py finds no MPI library; install"):
+        start(model, "mpi")
 
 
 def test_close_and_with_leave_nothing(model: Path) -> None:

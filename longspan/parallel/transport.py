@@ -24,6 +24,9 @@ class Transport(ABC):
     size beforehand. A message of no bytes is not sent, on either side.
     """
 
+    name: str
+    """What carries the messages."""
+
     def __init__(self, rank: int, topology: Topology) -> None:
         self.rank = rank
         self.size = topology.num_ranks
@@ -68,6 +71,7 @@ class TorchTransport(Transport):
     ) -> None:
         topology = topology or Topology.of_hosts([dist.get_world_size(group)])
         super().__init__(dist.get_rank(group), topology)
+        self.name = dist.get_backend(group)
         self._group = group
         self._peers = dist.get_process_group_ranks(group or dist.group.WORLD)
 
@@ -89,6 +93,8 @@ class TorchTransport(Transport):
 
 class ThreadTransport(Transport):
     """Ranks are threads of this process. `connect` makes those of one fleet."""
+
+    name = "threads"
 
     def __init__(
         self,

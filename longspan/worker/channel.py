@@ -78,13 +78,14 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     """Worker to engine, once: the model is loaded, and this is what the rank has and does.
 
     `messages` are what it measured of its links, if it did; `digest` tells whether it is the same
-    model on all ranks.
+    model on all ranks. `transport` names what carries messages between ranks.
     """
 
     num_pages: int
     rates: Rates
     messages: tuple[MessageSample, ...]
     digest: str
+    transport: str
 
 
 class Execute(msgspec.Struct, tag=True, frozen=True):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import selectors
 import time
 import weakref
@@ -23,6 +24,8 @@ from longspan.worker.host import Host
 from longspan.worker.rank_process import GRACE_SECONDS
 
 __all__ = ["ChannelExecutor"]
+
+logger = logging.getLogger(__name__)
 
 _CAUSE_SECONDS = 0.5
 """How long a rank's failure may come before the death of the peer that is its cause."""
@@ -52,6 +55,8 @@ class ChannelExecutor(ABC):
         except BaseException:
             self.close()
             raise
+        if config.num_ranks > 1:
+            logger.info("ranks exchange tensors over %s", ready[0].transport)
         self.num_pages = tuple(ready[rank].num_pages for rank in range(config.num_ranks))
         messages = [one for message in ready.values() for one in message.messages]
         self.rates = with_links(ready[0].rates, messages)

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 from transformers.utils import logging
 
 from longspan.config import EngineConfig
@@ -15,6 +15,7 @@ from longspan.errors import ConfigError
 from longspan.parallel.staged_transport import StagedTransport
 from longspan.parallel.transport import ThreadTransport, TorchTransport, Transport
 from longspan.topology import Topology
+from longspan.worker import mpi
 from longspan.worker.channel import Start
 from longspan.worker.model_runner import ModelRunner
 
@@ -69,16 +70,36 @@ def _connect(start: Start, device: torch.device) -> Transport:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
+    store = _store(start.rendezvous, topology.num_ranks)
+    if _takes_mpi(start, device, store):
+        return mpi.join(start.rank, topology, store)
     by_nccl = on_gpu and SHARE_GPU not in os.environ
     dist.init_process_group(
         "nccl" if by_nccl else "gloo",
-        store=_store(start.rendezvous, topology.num_ranks),
+        store=store,
         rank=start.rank,
         world_size=topology.num_ranks,
         device_id=device if by_nccl else None,
     )
     transport = StagedTransport if on_gpu and not by_nccl else TorchTransport
     return transport(topology=topology)
+
+
+def _takes_mpi(start: Start, device: torch.device, store: Store) -> bool:
+    """Whether the ranks talk over MPI, which all have to say.
+
+    Raises:
+        ConfigError: the config asks for it, and it can't be had.
+    """
+    wanted = start.config.communication_backend
+    obstacle = "GPUs use NCCL" if device.type == "cuda" else mpi.obstacle(start.topology)
+    if wanted == "mpi" and obstacle:
+        raise ConfigError(
+            f"communication_backend='mpi': {obstacle}; install 'longspan[mpi]' for ranks on the "
+            "CPU of one host, or leave the option out"
+        )
+    store.set(f"mpi/{start.rank}", str(wanted != "gloo" and not obstacle))
+    return all(store.get(f"mpi/{rank}") == b"True" for rank in range(start.topology.num_ranks))
 
 
 def _store(rendezvous: str, num_ranks: int) -> Any:

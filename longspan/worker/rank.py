@@ -57,7 +57,8 @@ def _obey(channel: Channel) -> None:
     runner = launch(start)
     digest = model_digest(runner.model)
     messages = measure_links(runner) if start.config.calibration is None else ()
-    channel.send(Ready(runner.pool.num_pages, rates_of(runner.device), messages, digest))
+    transport = runner.transport.name
+    channel.send(Ready(runner.pool.num_pages, rates_of(runner.device), messages, digest, transport))
     while True:
         message = channel.receive()
         if isinstance(message, Measure):

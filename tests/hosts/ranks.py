@@ -1,4 +1,4 @@
-"""Ranks as processes of one thread each on several hosts, with gloo between them.
+"""Ranks as processes of one thread each on several hosts, with gloo or MPI between them.
 
 They stay for several pieces of work, since they start slowly.
 """
@@ -33,10 +33,13 @@ class Ranks:
     plain data or nouns of Longspan.
     """
 
-    def __init__(self, sizes: Sequence[int], hosts: Hosts | None = None) -> None:
+    def __init__(
+        self, sizes: Sequence[int], hosts: Hosts | None = None, backend: str = "gloo"
+    ) -> None:
         assert hosts is None or len(sizes) == len(hosts), "one size for each host"
         self.topology = topology_of(sizes)
         self._sizes = ",".join(map(str, sizes))
+        self._backend = backend
         self._connections: list[Connection] = []
         self._processes: list[Popen[bytes]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="longspan-ranks-")
@@ -51,7 +54,7 @@ class Ranks:
     def _start(self, host: Any) -> None:
         ours, theirs = Pipe()
         script = [sys.executable, __file__, str(theirs.fileno()), str(len(self._processes))]
-        script += [self._sizes, str(Path(self._folder.name, "store"))]
+        script += [self._sizes, str(Path(self._folder.name, "store")), self._backend]
         environment = {
             **os.environ,
             "GLOO_SOCKET_IFNAME": host.device if host else "lo",
@@ -132,18 +135,28 @@ def topology_of(sizes: Sequence[int]) -> Topology:
     return Topology.of_hosts(sizes, shared_device=True)
 
 
-def serve(connection: Connection, rank: int, sizes: Sequence[int], store: str) -> None:
-    """One rank: does what it is sent until the connection ends."""
-    import torch
+def connect(rank: int, topology: Topology, store: str, backend: str) -> Any:
+    """This rank's transport."""
     import torch.distributed as dist
 
     from longspan.parallel.transport import TorchTransport
+    from longspan.worker import mpi
+
+    shared = dist.FileStore(store, topology.num_ranks)
+    if backend == "mpi":
+        return mpi.join(rank, topology, shared)
+    dist.init_process_group(backend, store=shared, rank=rank, world_size=topology.num_ranks)
+    return TorchTransport(topology=topology)
+
+
+def serve(
+    connection: Connection, rank: int, sizes: Sequence[int], store: str, backend: str
+) -> None:
+    """One rank: does what it is sent until the connection ends."""
+    import torch
 
     torch.set_num_threads(1)
-    topology = topology_of(sizes)
-    size = topology.num_ranks
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    transport = TorchTransport(topology=topology)
+    transport = connect(rank, topology_of(sizes), store, backend)
     while message := _next(connection):
         module, name, arguments = pickle.loads(message)
         try:
@@ -174,4 +187,5 @@ def end_with(connection: Connection) -> None:
 if __name__ == "__main__":
     with Connection(int(sys.argv[1])) as parent:
         threading.Thread(target=end_with, args=[parent], daemon=True).start()
-        serve(parent, int(sys.argv[2]), [int(size) for size in sys.argv[3].split(",")], sys.argv[4])
+        sizes = [int(size) for size in sys.argv[3].split(",")]
+        serve(parent, int(sys.argv[2]), sizes, sys.argv[4], sys.argv[5])

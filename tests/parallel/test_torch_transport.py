@@ -1,4 +1,4 @@
-"""Real processes with gloo: attention over all ranks' keys is attention on one process.
+"""Real processes with gloo and MPI: attention over all ranks' keys is attention on one process.
 
 Four processes start once for the whole file; two and three ranks are groups of theirs.
 """
@@ -6,6 +6,8 @@ Four processes start once for the whole file; two and three ranks are groups of 
 import multiprocessing
 import os
 import pickle
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,11 +25,14 @@ from longspan.attention.state import AttentionState
 from longspan.engine.shard import zigzag
 from longspan.ops import Strategy as Travelling
 from longspan.ops import attention, context_parallel_attention
+from longspan.parallel import mpi_transport
+from longspan.parallel.mpi_transport import MPI, MPITransport
 from longspan.parallel.staged_transport import StagedTransport
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.transport import TorchTransport, Transport
 from longspan.plan import Run, Strategy, Traffic
 from longspan.topology import Topology
+from longspan.worker import mpi
 
 torch.set_num_threads(1)
 
@@ -40,6 +45,7 @@ Result = TypeVar("Result")
 Answer = tuple[Any, Exception | None]
 
 each_size = pytest.mark.parametrize("size", [2, 3, 4])
+each_backend = pytest.mark.parametrize("backend", ["gloo", "mpi"])
 each_strategy = pytest.mark.parametrize("strategy", get_args(Travelling))
 
 
@@ -48,6 +54,7 @@ def serve(rank: int, size: int, store: str, connection: Connection) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    mpi.join(rank, Topology.of_hosts([size]), dist.FileStore(f"{store}-mpi", size))
     while True:
         work = pickle.loads(connection.recv_bytes())
         try:
@@ -58,7 +65,7 @@ def serve(rank: int, size: int, store: str, connection: Connection) -> None:
 
 
 class World:
-    """The processes of one gloo group. They stay for several tests, since they start slowly."""
+    """The processes of a gloo group and an MPI world; they stay, since they start slowly."""
 
     def __init__(self, size: int, store: Path) -> None:
         context = multiprocessing.get_context("spawn")
@@ -116,6 +123,21 @@ def in_group(size: int, work: Callable[[dist.ProcessGroup | None], Result]) -> R
     """What `work` returns on the ranks of a group; None on the others."""
     group = group_of(size)
     return work(group) if dist.get_rank(group) >= 0 else None
+
+
+@cache
+def communicator_of(ranks: tuple[int, ...]) -> MPI.Intracomm:
+    """Made by all processes of a group together."""
+    return MPI.COMM_WORLD.Create_group(MPI.COMM_WORLD.group.Incl(ranks))
+
+
+def transport_of(
+    backend: str, group: dist.ProcessGroup | None, topology: Topology | None = None
+) -> Transport:
+    if backend == "gloo":
+        return TorchTransport(group, topology)
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    return MPITransport(communicator_of(tuple(ranks)), topology)
 
 
 def run_group(
@@ -276,22 +298,23 @@ REQUESTS = [
 
 
 def started_together(
-    topology: Topology, group: dist.ProcessGroup | None
+    backend: str, topology: Topology, group: dist.ProcessGroup | None
 ) -> tuple[list[AttentionState], dict[str, Traffic]]:
     """Every strategy starts before any ends."""
-    transport = TorchTransport(group, topology)
+    transport = transport_of(backend, group, topology)
     jobs = [STRATEGIES[s](layer_of(REQUESTS, s, transport, Shape())) for s in SHARED]
     for job in jobs:
         next(job)
     return [state for job in jobs for state in finish(job)], transport.take_traffic()
 
 
+@each_backend
 @pytest.mark.parametrize("hosts", [(3,), (2, 1), (1, 2), (1, 1, 1)], ids=str)
 def test_exchanges_under_way_at_once_and_their_traffic_are_those_of_threads(
-    world: World, hosts: Sequence[int]
+    world: World, hosts: Sequence[int], backend: str
 ) -> None:
     topology = Topology.of_hosts(hosts)
-    together = partial(started_together, topology)
+    together = partial(started_together, backend, topology)
     by_rank, traffic_by_rank = zip(*run_group(world, sum(hosts), together), strict=True)
     for index, states in enumerate(zip(*by_rank, strict=True)):
         assert_expected(REQUESTS[index % 2], states, Shape())
@@ -317,8 +340,8 @@ def test_messages_that_are_copied_first_arrive_as_others_do(world: World) -> Non
             assert_expected(request, states, Shape())
 
 
-def waited_for_backwards(group: dist.ProcessGroup | None) -> list[float]:
-    transport = TorchTransport(group)
+def waited_for_backwards(backend: str, group: dist.ProcessGroup | None) -> list[float]:
+    transport = transport_of(backend, group)
     after, before = (transport.rank + 1) % transport.size, (transport.rank - 1) % transport.size
     received = torch.zeros(3)
     waits = [
@@ -334,13 +357,83 @@ def waited_for_backwards(group: dist.ProcessGroup | None) -> list[float]:
     return received.tolist()
 
 
+@each_backend
 @each_size
 def test_receives_fill_in_the_order_in_which_they_start_whichever_is_waited_for_first(
-    world: World, size: int
+    world: World, size: int, backend: str
 ) -> None:
-    for rank, numbers in enumerate(run_group(world, size, waited_for_backwards)):
+    backwards = partial(waited_for_backwards, backend)
+    for rank, numbers in enumerate(run_group(world, size, backwards)):
         before = 10.0 * ((rank - 1) % size)
         assert numbers == [before, before + 1, before + 2]
+
+
+MESSAGES = [
+    torch.arange(5, dtype=torch.int64),
+    torch.empty(0, 4),
+    torch.randn(3, 2, 7, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    torch.tensor(True),
+    torch.arange(100_000, dtype=torch.int32).to(torch.float64).view(10, -1),
+    torch.arange(-100, 101, dtype=torch.int8),
+]
+
+
+def passed_round(
+    backend: str, max_bytes: int, group: dist.ProcessGroup | None
+) -> list[tuple[bool, int]]:
+    """Whether messages from the rank before came as they were sent, and how many were counted."""
+    transport = transport_of(backend, group)
+    after, before = (transport.rank + 1) % transport.size, (transport.rank - 1) % transport.size
+    rooms = [torch.zeros_like(message) for message in MESSAGES]
+    usual, mpi_transport.MAX_BYTES = mpi_transport.MAX_BYTES, max_bytes
+    wait = transport.exchange("x", [(after, m) for m in MESSAGES], [(before, r) for r in rooms])
+    mpi_transport.MAX_BYTES = usual
+    wait()
+    count = transport.take_traffic()["x"].messages
+    return [(torch.equal(*pair), count) for pair in zip(rooms, MESSAGES, strict=True)]
+
+
+@each_backend
+@each_size
+@pytest.mark.parametrize("max_bytes", [1 << 30, 4096])
+def test_messages_of_any_type_and_size_come_as_they_are(
+    world: World, size: int, backend: str, max_bytes: int
+) -> None:
+    """Also when each is sent in several pieces; an empty one is not sent."""
+    work = partial(passed_round, backend, max_bytes)
+    assert run_group(world, size, work) == [[(True, len(MESSAGES) - 1)] * len(MESSAGES)] * size
+
+
+def used_by_waiting(group: dist.ProcessGroup | None) -> float:
+    """The part of a core that a rank uses while it waits for rank 0, which sleeps."""
+    transport = transport_of("mpi", group)
+    message = torch.zeros(1)
+    if transport.rank == 0:
+        time.sleep(1)
+        transport.exchange("x", [(rank, message) for rank in range(1, transport.size)], [])()
+        return 0.0
+    begun, used = time.monotonic(), time.process_time()
+    transport.exchange("x", [], [(0, message)])()
+    return (time.process_time() - used) / (time.monotonic() - begun)
+
+
+def test_ranks_that_wait_for_mpi_leave_their_cores_to_others(world: World) -> None:
+    assert max(run_group(world, 4, used_by_waiting)) < 0.4
+
+
+def names_of_shared_memory() -> list[str]:
+    return re.findall(r"/dev/shm/mpich_.*", Path("/proc/self/maps").read_text())
+
+
+def test_what_ranks_share_over_mpi_has_no_name_that_could_stay(world: World) -> None:
+    for names in world.run(names_of_shared_memory):
+        assert names
+        assert all(name.endswith("(deleted)") for name in names)
+
+
+def test_mpi_is_for_ranks_of_one_host() -> None:
+    assert mpi.obstacle(Topology.of_hosts([2])) == ""
+    assert "2 hosts" in mpi.obstacle(Topology.of_hosts([1, 1]))
 
 
 def one_position_twice(strategy: Travelling) -> None:

@@ -1,0 +1,71 @@
+"""Tensors between ranks over MPI: through shared memory, where ranks share a host."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import mpi4py
+from torch import Tensor
+
+from longspan.parallel.transport import Message, Transport, Wait
+from longspan.topology import Topology
+
+mpi4py.rc(initialize=False, finalize=False)  # whoever makes the ranks starts MPI
+from mpi4py import MPI  # noqa: E402
+
+SPIN_SECONDS = 100e-6
+"""How long a rank asks without pause whether a message has come."""
+SLEEP_PART = 0.05
+"""How long it then sleeps between two questions, as part of what it has waited already."""
+MAX_SLEEP_SECONDS = 1e-3
+MAX_BYTES = 1 << 30
+"""The most of one message: a system call copies less than 2 GiB."""
+
+
+class MPITransport(Transport):
+    """Ranks are the processes of an MPI communicator, on the CPU.
+
+    MPI moves messages only while it is called. A rank that waits keeps asking: first at once, then
+    after pauses that grow with the time waited, since others may need its core.
+    """
+
+    name = "mpi"
+
+    def __init__(self, communicator: MPI.Comm, topology: Topology | None = None) -> None:
+        topology = topology or Topology.of_hosts([communicator.size])
+        super().__init__(communicator.rank, topology)
+        self._communicator = communicator
+
+    def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Wait:
+        # Sends first: a receive whose message is there already takes the time to copy it.
+        starts = ((self._communicator.Isend, sends), (self._communicator.Irecv, receives))
+        requests = [
+            start([part, MPI.BYTE], peer)
+            for start, messages in starts
+            for peer, tensor in messages
+            for part in _parts(tensor)
+        ]
+        under_way = [sends, receives]  # so that their memory stays
+
+        def wait() -> None:
+            _wait_for(requests)
+            under_way.clear()
+
+        return wait
+
+
+def _parts(tensor: Tensor) -> Iterator[MPI.buffer]:
+    """A tensor's memory, in pieces that are not too long."""
+    assert tensor.is_contiguous(), tensor.stride()
+    for start in range(0, tensor.nbytes, MAX_BYTES):
+        size = min(tensor.nbytes - start, MAX_BYTES)
+        yield MPI.buffer.fromaddress(tensor.data_ptr() + start, size)
+
+
+def _wait_for(requests: list[MPI.Request]) -> None:
+    if MPI.Request.Testall(requests):
+        return
+    begun = time.perf_counter()
+    while not MPI.Request.Testall(requests):
+        waited = time.perf_counter() - begun
+        if waited > SPIN_SECONDS:
+            time.sleep(min(SLEEP_PART * waited, MAX_SLEEP_SECONDS))
