@@ -174,6 +174,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "attention_strategy": "pass_q",
     "calibration": "rates.json",
     "distributed_executor_backend": "uni",
+    "communication_backend": "gloo",
     "master_addr": "10.1.2.3",
     "master_port": 29511,
     "seed": 5,

@@ -12,6 +12,8 @@ from longspan.topology import Topology
 mpi4py.rc(initialize=False, finalize=False)  # whoever makes the ranks starts MPI
 from mpi4py import MPI  # noqa: E402
 
+__all__ = ["MPI", "MPITransport"]
+
 SPIN_SECONDS = 100e-6
 """How long a rank asks without pause whether a message has come."""
 SLEEP_PART = 0.05

@@ -71,7 +71,8 @@ def _connect(start: Start, device: torch.device) -> Transport:
     if on_gpu:
         torch.cuda.set_device(device)
     store = _store(start.rendezvous, topology.num_ranks)
-    if _takes_mpi(start, device, store):
+    obstacle = "GPUs use NCCL" if on_gpu else mpi.obstacle(topology)
+    if _takes_mpi(start, obstacle, store):
         return mpi.join(start.rank, topology, store)
     by_nccl = on_gpu and SHARE_GPU not in os.environ
     dist.init_process_group(
@@ -81,18 +82,20 @@ def _connect(start: Start, device: torch.device) -> Transport:
         world_size=topology.num_ranks,
         device_id=device if by_nccl else None,
     )
-    transport = StagedTransport if on_gpu and not by_nccl else TorchTransport
-    return transport(topology=topology)
+    kind = StagedTransport if on_gpu and not by_nccl else TorchTransport
+    transport = kind(topology=topology)
+    if obstacle and not on_gpu:
+        transport.name += f" (no mpi: {obstacle})"
+    return transport
 
 
-def _takes_mpi(start: Start, device: torch.device, store: Store) -> bool:
-    """Whether the ranks talk over MPI, which all have to say.
+def _takes_mpi(start: Start, obstacle: str, store: Store) -> bool:
+    """Whether the ranks talk over MPI: if each of them can, and the config does not say otherwise.
 
     Raises:
         ConfigError: the config asks for it, and it can't be had.
     """
     wanted = start.config.communication_backend
-    obstacle = "GPUs use NCCL" if device.type == "cuda" else mpi.obstacle(start.topology)
     if wanted == "mpi" and obstacle:
         raise ConfigError(
             f"communication_backend='mpi': {obstacle}; install 'longspan[mpi]' for ranks on the "
