@@ -18,6 +18,7 @@ import typer
 import longspan
 from longspan.cli_calibrate import calibrate
 from longspan.cli_chat import chat
+from longspan.cli_eval import needle
 from longspan.cli_plan import plan
 from longspan.config import EngineConfig
 from longspan.errors import InvalidRequestError, LongspanError, RankFailedError
@@ -80,9 +81,12 @@ def _errors_on_one_line() -> Iterator[None]:
         raise typer.Exit(_INTERRUPTED) from None
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
+evaluations = typer.Typer(no_args_is_help=True, help="Evaluate a model.", rich_markup_mode=None)
+
+
+def _command(function: Callable[..., None], of: typer.Typer = app) -> Callable[..., None]:
     """Make a function a command of its name; what Longspan refuses ends it with one line."""
-    return app.command()(_errors_on_one_line()(with_options(function)))
+    return of.command()(_errors_on_one_line()(with_options(function)))
 
 
 @_command
@@ -165,6 +169,8 @@ def _terminate(*_: object) -> None:
 _command(chat)
 _command(plan)
 _command(calibrate)
+_command(needle, evaluations)
+app.add_typer(evaluations, name="eval")
 
 
 @_command
