@@ -176,20 +176,19 @@ app.add_typer(evaluations, name="eval")
 @_command
 def demo(
     context_parallel_size: Annotated[int, typer.Option(min=2, help="Ranks, one process each.")] = 3,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 24_000,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 48,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the text.")] = 60_000,
     compare: Annotated[
         bool, typer.Option(help="Check the tokens against transformers in one process.")
     ] = True,
 ) -> None:
-    """Show a long context served exactly.
+    """Find facts in a text that no rank could hold alone.
 
-    Serves a prompt that no rank could hold alone with a packaged model, and compares every token
-    with what transformers generates in one process. Needs no network.
+    Hides a few facts in a long text, asks a packaged model for them, and compares every token of
+    its answers with what transformers generates in one process. Needs no network.
     """
     from longspan.demo.demo import run
 
-    if not run(context_parallel_size, tokens, max_tokens, compare=compare):
+    if not run(context_parallel_size, tokens, compare=compare):
         raise typer.Exit(1)
 
 

@@ -73,14 +73,14 @@ class EngineSubject:
         return len(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def ask(self, text: str, facts: Sequence[Fact]) -> list[Answer]:
-        prompts = [self._prompt(text, fact) for fact in facts]
+        prompts = [self.prompt(text, fact) for fact in facts]
         params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
         outputs = self._llm.generate(prompts[:1], params)
         if prompts[1:]:
             outputs += self._llm.generate(prompts[1:], params)
         return [_answer(output) for output in outputs]
 
-    def _prompt(self, text: str, fact: Fact) -> Prompt:
+    def prompt(self, text: str, fact: Fact) -> Prompt:
         if self._tokenizer.chat_template is None:
             return f"{text}\n\n{fact.question} {fact.beginning}"
         message = {"role": "user", "content": f"{text}\n\n{fact.question}"}

@@ -7,18 +7,21 @@ is near, have met every distance. And prose that is far from a query counts as i
 to 512 times: the log of that is added to its attention scores, so that what is looked for must
 stand out from as much as a long context has.
 
-Fixed seeds, one thread.
+Fixed seeds, two processes of one thread, which share their gradients.
 """
 
 import argparse
 import math
 import random
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from muon import Muon
 from samples import ASSISTANT, CODE, END, FILLER, USER, Sample, Writer, corpus
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,6 +34,8 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+
+from longspan.demo import model_path
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -51,6 +56,7 @@ OFFSETS = ((2, 3, 4, 5), (3, 4, 5, 6))  # of the heads of the layers with RoPE, 
 TOKEN = 64  # numbers of a state that a token's embedding begins with
 SHARP = 2.0
 LEARNING_RATE, WARMUP = 2e-3, 30
+PROCESSES = 2
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,9 @@ class Stage:
 STAGES = (
     Stage(0.10, 8, 128, 1),
     Stage(0.30, 6, 192, 16),
-    Stage(0.50, 4, 256, 512),
-    Stage(0.85, 4, 384, 512),
-    Stage(1.00, 2, 1024, 512),
+    Stage(0.60, 4, 256, 512),
+    Stage(0.92, 3, 384, 512),
+    Stage(1.00, 1, 1024, 512),
 )
 
 
@@ -232,80 +238,111 @@ def optimizers(model: SmolLM3ForCausalLM, factor: Any) -> list[Any]:
     return [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in (muon, adam)]
 
 
-def train(
-    model: SmolLM3ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, log: Path, out: Path
-) -> None:
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / WARMUP, 0.02 + 1.2 * (1 - step / steps))
+class Trainer:
+    """One of `PROCESSES` that train the same model, each with its own samples."""
 
-    schedules = optimizers(model, factor)
-    writer, draw = Writer(tokenizer.backend_tokenizer, 0), random.Random(1)
-    model.set_attn_implementation("biased")
-    model.train()
-    started, recent = time.monotonic(), []
-    lines = log.open("w")
-    for step in range(steps):
-        stage = next(stage for stage in STAGES if step < stage.until * steps)
-        batch = [writer.sample(stage.length) for _ in range(stage.batch)]
-        most = [stage.most if draw.random() < 0.7 else 1 for _ in batch]
-        times = torch.tensor([math.exp(draw.uniform(0, math.log(each))) for each in most])
+    def __init__(self, process: int, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+        self.tokenizer, self.steps = tokenizer, steps
+        self.model = make_model(tokenizer)
+        self.model.set_attn_implementation("biased")
+        self.model.train()
+        self._schedules = optimizers(self.model, self._factor)
+        self._writer = Writer(tokenizer.backend_tokenizer, process)
+        self._draw = random.Random(process)
+
+    def stage(self, step: int) -> Stage:
+        return next(stage for stage in STAGES if step < stage.until * self.steps)
+
+    def step(self, step: int) -> list[float]:
+        """One step; returns the part of the codes that were right, their loss, and the prose's."""
+        stage, draw = self.stage(step), self._draw
+        batch = [self._writer.sample(stage.length) for _ in range(stage.batch)]
+        loss, figures = self._loss(batch, [times(stage, draw) for _ in batch])
+        loss.backward()
+        self._share_gradients()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for schedule in self._schedules:
+            schedule.optimizer.step()
+            schedule.step()
+        self.model.zero_grad()
+        return figures
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _factor(self, step: int) -> float:
+        return min(1.0, (step + 1) / WARMUP, 0.01 + 1.25 * (1 - step / self.steps))
+
+    def _loss(self, batch: list[Sample], times: list[float]) -> tuple[Tensor, list[float]]:
         inputs = torch.tensor([sample.tokens for sample in batch])
         weights = torch.tensor([sample.weights for sample in batch])[:, 1:]
-        hidden = model.model(
+        prose = torch.tensor([sample.prose for sample in batch])[:, :-1]
+        places = torch.tensor([positions(sample, self._draw) for sample in batch])[:, :-1]
+        hidden = self.model.model(
             inputs[:, :-1],
-            position_ids=torch.tensor([positions(sample, draw)[:-1] for sample in batch]),
-            bias=bias(torch.tensor([sample.prose[:-1] for sample in batch]), times),
+            position_ids=places,
+            bias=bias(prose, torch.tensor(times)),
             use_cache=False,
         ).last_hidden_state
         chosen = weights > 0
         weights, targets = weights[chosen], inputs[:, 1:][chosen]
-        logits = model.lm_head(hidden[chosen])
+        logits = self.model.lm_head(hidden[chosen])
         losses = cross_entropy(logits, targets, reduction="none")
-        loss = (losses * weights).sum() / weights.sum()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for schedule in schedules:
-            schedule.optimizer.step()
-            schedule.step()
-        model.zero_grad()
-
-        code, prose = weights == CODE, weights == FILLER
+        code, filler = weights == CODE, weights == FILLER
         right = (logits[code].argmax(-1) == targets[code]).float()
-        recent.append([each.mean().item() for each in (right, losses[code], losses[prose])])
-        if step % 50 == 0 or step == steps - 1:
-            mean = torch.tensor(recent[-50:]).nanmean(0).tolist()
+        figures = [each.mean().item() for each in (right, losses[code], losses[filler])]
+        return (losses * weights).sum() / weights.sum(), figures
+
+    def _share_gradients(self) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        every = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(every)
+        for gradient, mean in zip(
+            gradients, every.div_(PROCESSES).split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def times(stage: Stage, draw: random.Random) -> float:
+    """How often far prose counts in a sample."""
+    most = stage.most if draw.random() < 0.7 else 1
+    return math.exp(draw.uniform(0, math.log(most)))
+
+
+def train(process: int, meeting: str, steps: int, log: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    AttentionInterface.register("biased", biased)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=process, world_size=PROCESSES)
+    trainer = Trainer(process, train_tokenizer(), steps)
+    begun, recent = time.monotonic(), []
+    for step in range(steps):
+        recent.append(trainer.step(step))
+        if process == 0 and (step % 50 == 0 or step == steps - 1):
+            right, code, prose = torch.tensor(recent[-50:]).nanmean(0).tolist()
+            stage = trainer.stage(step)
             line = (
-                f"step {step:5d}  length {stage.length:4d}  times {stage.most:3d}  loss {loss.item():.3f}"
-                f"  code: right {mean[0]:.4f} loss {mean[1]:.4f}  prose {mean[2]:.3f}"
-                f"  {time.monotonic() - started:5.0f} s"
+                f"step {step:5d}  length {stage.length:4d}  times {stage.most:3d}  codes: "
+                f"right {right:.4f} loss {code:.4f}  prose: loss {prose:.3f}  "
+                f"{time.monotonic() - begun:5.0f} s"
             )
             print(line, flush=True)
-            print(line, file=lines, flush=True)
-        if step % 200 == 199:
-            save(model, tokenizer, out)
-    lines.close()
-
-
-def save(model: SmolLM3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+            with log.open("a" if step else "w") as lines:
+                print(line, file=lines)
+        if process == 0 and (step % 200 == 199 or step == steps - 1):
+            trainer.save(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--out", type=Path, default=model_path())
     parser.add_argument("--log", type=Path, default=Path(__file__).with_name("train.log"))
     options = parser.parse_args()
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    AttentionInterface.register("biased", biased)
-    tokenizer = train_tokenizer()
-    model = make_model(tokenizer)
-    print(f"{model.num_parameters()} parameters")
-    train(model, tokenizer, options.steps, options.log, options.out)
-    save(model, tokenizer, options.out)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (f"{folder}/meeting", options.steps, options.log, options.out)
+        mp.spawn(train, arguments, PROCESSES)
 
 
 if __name__ == "__main__":
