@@ -36,7 +36,7 @@ demo: install
 
 # Not part of the tests: takes minutes each, and wants a machine that does nothing else.
 # One of them: `make bench-growth`; its options: `make bench-growth ARGS='--repeats 5'`.
-bench: bench-generate bench-elasticity bench-growth bench-scheduling bench-simulate \
+bench: bench-generate bench-needle bench-elasticity bench-growth bench-scheduling bench-simulate \
 	bench-strategies bench-hosts
 
 bench-%: install

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -23,6 +24,7 @@ import longspan.llm
 from longspan.cli import app
 from longspan.config import EngineConfig
 from longspan.errors import InvalidRequestError, RankFailedError
+from longspan.evaluation.prose import prose
 from longspan.options import SAMPLING_HELP
 from longspan.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from longspan.sampling_params import SamplingParams
