@@ -69,9 +69,13 @@ class Sample:
 
 
 class Writer:
-    """Writes samples of a length, the same for the same seed."""
+    """Writes samples of a length, the same for the same seed.
 
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+    If `hard`, many names have another's number, and of those many a word that ends as its word.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, seed: int, *, hard: bool) -> None:
+        self._hard = hard
         self._tokenizer = tokenizer
         self._draw = random.Random(seed)
         self._prose = prose(f"training {seed}")
@@ -108,17 +112,30 @@ class Writer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _facts(self, count: int) -> list[tuple[str, str]]:
-        draw = self._draw
-        words: list[str] = []
-        numbers: list[str] = []
+        names: list[tuple[str, str]] = []
         facts: dict[str, str] = {}
         while len(facts) < count:
-            word = draw.choice(words) if words and draw.random() < 0.25 else self._word()
-            number = draw.choice(numbers) if numbers and draw.random() < 0.25 else self._number()
-            words.append(word)
-            numbers.append(number)
-            facts[f"{word} {number}"] = self._code()
+            name = self._hard_name(names) if self._hard else self._name(names)
+            names.append(name)
+            facts[" ".join(name)] = self._code()
         return list(facts.items())
+
+    def _name(self, others: list[tuple[str, str]]) -> tuple[str, str]:
+        draw = self._draw
+        word = draw.choice(others)[0] if others and draw.random() < 0.25 else self._word()
+        number = draw.choice(others)[1] if others and draw.random() < 0.25 else self._number()
+        return word, number
+
+    def _hard_name(self, others: list[tuple[str, str]]) -> tuple[str, str]:
+        draw = self._draw
+        word, number = self._word(), self._number()
+        if others and draw.random() < 0.25:
+            word = draw.choice(others)[0]
+        if others and draw.random() < 0.5:
+            other, number = draw.choice(others)
+            if draw.random() < 0.3:
+                word = draw.choice(SYLLABLES) + draw.choice(SYLLABLES) + other[-3:]
+        return word, number
 
     def _word(self) -> str:
         draw, kind = self._draw, self._draw.random()

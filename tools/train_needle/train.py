@@ -55,26 +55,41 @@ THETA = 1000.0
 OFFSETS = ((2, 3, 4, 5), (3, 4, 5, 6))  # of the heads of the layers with RoPE, at first
 TOKEN = 64  # numbers of a state that a token's embedding begins with
 SHARP = 2.0
-LEARNING_RATE, WARMUP = 2e-3, 30
+WARMUP = 30
 PROCESSES = 2
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Sequences of `length`, whose far prose counts up to `most` times, up to a share of steps."""
+    """Steps of `batch` sequences of `length` a process; far prose counts up to `most` times."""
 
-    until: float
+    steps: int
     batch: int
     length: int
     most: int
 
 
-STAGES = (
-    Stage(0.10, 8, 128, 1),
-    Stage(0.30, 6, 192, 16),
-    Stage(0.60, 4, 256, 512),
-    Stage(0.92, 3, 384, 512),
-    Stage(1.00, 1, 1024, 512),
+@dataclass(frozen=True)
+class Phase:
+    """Stages with optimizers of their own; the rate falls to nothing if it is to `end`."""
+
+    rate: float
+    end: bool
+    stages: tuple[Stage, ...]
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def factor(self, step: int) -> float:
+        """Of the learning rate."""
+        left = 1 - step / self.steps
+        return min(1.0, (step + 1) / WARMUP, 0.01 + 1.2 * left if self.end else 1.0)
+
+
+PHASES = (
+    Phase(2e-3, False, (Stage(160, 8, 128, 1), Stage(40, 6, 192, 16))),
+    Phase(1.5e-3, True, (Stage(40, 6, 192, 64), Stage(100, 4, 256, 512), Stage(60, 3, 384, 512))),
 )
 
 
@@ -230,34 +245,29 @@ def positions(sample: Sample, draw: random.Random) -> list[int]:
     return result
 
 
-def optimizers(model: SmolLM3ForCausalLM, factor: Any) -> list[Any]:
-    layers = [p for p in model.model.layers.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if all(p is not layer for layer in layers)]
-    muon = Muon(layers, lr=LEARNING_RATE)
-    adam = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    return [torch.optim.lr_scheduler.LambdaLR(o, factor) for o in (muon, adam)]
-
-
 class Trainer:
     """One of `PROCESSES` that train the same model, each with its own samples."""
 
-    def __init__(self, process: int, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
-        self.tokenizer, self.steps = tokenizer, steps
-        self.model = make_model(tokenizer)
-        self.model.set_attn_implementation("biased")
-        self.model.train()
-        self._schedules = optimizers(self.model, self._factor)
-        self._writer = Writer(tokenizer.backend_tokenizer, process)
-        self._draw = random.Random(process)
+    def __init__(
+        self, process: int, index: int, model: SmolLM3ForCausalLM, tokenizer: Tokenizer
+    ) -> None:
+        self.model, self._phase = model, PHASES[index]
+        layers = [p for p in model.model.layers.parameters() if p.dim() > 1]
+        others = [p for p in model.parameters() if all(p is not layer for layer in layers)]
+        rate = self._phase.rate
+        optimizers = (
+            Muon(layers, rate, process, PROCESSES),
+            torch.optim.AdamW(others, rate, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR
+        self._schedules = [schedule(each, self._phase.factor) for each in optimizers]
+        self._writer = Writer(tokenizer, index * PROCESSES + process, hard=index > 0)
+        self._draw = random.Random(index * PROCESSES + process)
 
-    def stage(self, step: int) -> Stage:
-        return next(stage for stage in STAGES if step < stage.until * self.steps)
-
-    def step(self, step: int) -> list[float]:
+    def step(self, stage: Stage) -> list[float]:
         """One step; returns the part of the codes that were right, their loss, and the prose's."""
-        stage, draw = self.stage(step), self._draw
         batch = [self._writer.sample(stage.length) for _ in range(stage.batch)]
-        loss, figures = self._loss(batch, [times(stage, draw) for _ in batch])
+        loss, figures = self._loss(batch, [times(stage, self._draw) for _ in batch])
         loss.backward()
         self._share_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -266,13 +276,6 @@ class Trainer:
             schedule.step()
         self.model.zero_grad()
         return figures
-
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
-    def _factor(self, step: int) -> float:
-        return min(1.0, (step + 1) / WARMUP, 0.01 + 1.25 * (1 - step / self.steps))
 
     def _loss(self, batch: list[Sample], times: list[float]) -> tuple[Tensor, list[float]]:
         inputs = torch.tensor([sample.tokens for sample in batch])
@@ -310,38 +313,51 @@ def times(stage: Stage, draw: random.Random) -> float:
     return math.exp(draw.uniform(0, math.log(most)))
 
 
-def train(process: int, meeting: str, steps: int, log: Path, out: Path) -> None:
+def train(process: int, meeting: str, start: Path | None, phase: int, log: Path, out: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     AttentionInterface.register("biased", biased)
     dist.init_process_group("gloo", f"file://{meeting}", rank=process, world_size=PROCESSES)
-    trainer = Trainer(process, train_tokenizer(), steps)
-    begun, recent = time.monotonic(), []
-    for step in range(steps):
-        recent.append(trainer.step(step))
-        if process == 0 and (step % 50 == 0 or step == steps - 1):
-            right, code, prose = torch.tensor(recent[-50:]).nanmean(0).tolist()
-            stage = trainer.stage(step)
-            line = (
-                f"step {step:5d}  length {stage.length:4d}  times {stage.most:3d}  codes: "
-                f"right {right:.4f} loss {code:.4f}  prose: loss {prose:.3f}  "
-                f"{time.monotonic() - begun:5.0f} s"
-            )
-            print(line, flush=True)
-            with log.open("a" if step else "w") as lines:
-                print(line, file=lines)
-        if process == 0 and (step % 200 == 199 or step == steps - 1):
-            trainer.save(out)
+    tokenizer = train_tokenizer()
+    model = make_model(tokenizer) if start is None else SmolLM3ForCausalLM.from_pretrained(start)
+    model.set_attn_implementation("biased")
+    model.train()
+    begun, recent, done = time.monotonic(), [], 0
+    for index in range(phase - 1, len(PHASES)):
+        trainer = Trainer(process, index, model, tokenizer.backend_tokenizer)
+        for stage in PHASES[index].stages:
+            for _ in range(stage.steps):
+                recent.append(trainer.step(stage))
+                if process == 0 and done % 10 == 0:
+                    note(log, index, done, stage, recent[-10:], time.monotonic() - begun)
+                done += 1
+                if process == 0 and done % 50 == 0:
+                    model.save_pretrained(out)
+                    tokenizer.save_pretrained(out)
+
+
+def note(
+    log: Path, phase: int, step: int, stage: Stage, recent: list[list[float]], seconds: float
+) -> None:
+    right, code, prose = torch.tensor(recent).nanmean(0).tolist()
+    line = (
+        f"phase {phase + 1}  step {step:5d}  length {stage.length:4d}  times {stage.most:3d}  "
+        f"codes: right {right:.4f} loss {code:.4f}  prose: loss {prose:.3f}  {seconds:5.0f} s"
+    )
+    print(line, flush=True)
+    with log.open("a") as lines:
+        print(line, file=lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--start", type=Path, help="a model to go on with")
+    parser.add_argument("--phase", type=int, default=1, help="the phase to begin with")
     parser.add_argument("--out", type=Path, default=model_path())
     parser.add_argument("--log", type=Path, default=Path(__file__).with_name("train.log"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (f"{folder}/meeting", options.steps, options.log, options.out)
+        arguments = (f"{folder}/meeting", options.start, options.phase, options.log, options.out)
         mp.spawn(train, arguments, PROCESSES)
 
 
