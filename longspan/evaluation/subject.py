@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 from longspan.chat_client import ChatClient
 from longspan.evaluation.needle import Fact
 from longspan.evaluation.prose import prose
-from longspan.prompts import Prompt
 from longspan.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from longspan.llm import LLM
     from longspan.outputs import RequestOutput
+    from longspan.prompts import Prompt
 
 __all__ = ["Answer", "EngineSubject", "ServerSubject", "Subject"]
 
@@ -52,7 +52,8 @@ class Subject(Protocol):
     def ask(self, text: str, facts: Sequence[Fact]) -> list[Answer]:
         """Answers to the questions for these facts, in order.
 
-        The first one is asked alone, so that the others find the text in the prefix cache.
+        They are asked one after the other, so that all but the first find the text in the prefix
+        cache, and no rank computes it again to serve its part of them sooner.
         """
         ...
 
@@ -73,14 +74,10 @@ class EngineSubject:
         return len(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def ask(self, text: str, facts: Sequence[Fact]) -> list[Answer]:
-        prompts = [self.prompt(text, fact) for fact in facts]
         params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-        outputs = self._llm.generate(prompts[:1], params)
-        if prompts[1:]:
-            outputs += self._llm.generate(prompts[1:], params)
-        return [_answer(output) for output in outputs]
+        return [_answer(self._llm.generate([self.prompt(text, fact)], params)[0]) for fact in facts]
 
-    def prompt(self, text: str, fact: Fact) -> Prompt:
+    def prompt(self, text: str, fact: Fact) -> "Prompt":
         if self._tokenizer.chat_template is None:
             return f"{text}\n\n{fact.question} {fact.beginning}"
         message = {"role": "user", "content": f"{text}\n\n{fact.question}"}
