@@ -176,7 +176,7 @@ app.add_typer(evaluations, name="eval")
 @_command
 def demo(
     context_parallel_size: Annotated[int, typer.Option(min=2, help="Ranks, one process each.")] = 3,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the text.")] = 60_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the text.")] = 40_000,
     compare: Annotated[
         bool, typer.Option(help="Check the tokens against transformers in one process.")
     ] = True,

@@ -50,7 +50,7 @@ class Asked:
         return self.needle.fact.is_told_by(self.output.outputs[0].text)
 
 
-def run(num_ranks: int = 3, num_tokens: int = 60_000, *, compare: bool = True) -> bool:
+def run(num_ranks: int = 3, num_tokens: int = 40_000, *, compare: bool = True) -> bool:
     """Ask for what is hidden in a long text, on CPU ranks, and once more of transformers alone.
 
     Each rank is a process whose KV pool is too small for the text. What happens is printed to
