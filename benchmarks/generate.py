@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from longspan import LLM, SamplingParams
-from longspan.demo import model_path, text
+from longspan.demo import model_path
+from longspan.evaluation.prose import prose
 
 NEW_TOKENS = 33
 
@@ -83,7 +85,7 @@ def measure(lengths: Sequence[int], ranks: Sequence[int], repeats: int) -> list[
             runs[f"{count} rank{'s' * (count > 1)}"] = stack.enter_context(
                 with_ranks(count, max(lengths))
             )
-        prompt = demo_tokens()
+        prompt = prose_tokens(max(lengths))
         for length in lengths:
             timed: dict[str, list[Timed]] = {name: [] for name in runs}
             for _ in range(repeats + 1):
@@ -106,8 +108,12 @@ def measure(lengths: Sequence[int], ranks: Sequence[int], repeats: int) -> list[
     return rows
 
 
-def demo_tokens() -> list[int]:
-    return AutoTokenizer.from_pretrained(model_path()).encode(text(), verbose=False)
+def prose_tokens(count: int) -> list[int]:
+    """At least so many tokens of a prose."""
+    text = " ".join(islice(prose(0), count // 5))
+    tokens: list[int] = AutoTokenizer.from_pretrained(model_path()).encode(text, verbose=False)
+    assert len(tokens) >= count
+    return tokens
 
 
 def main() -> None:

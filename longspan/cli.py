@@ -18,6 +18,7 @@ import typer
 import longspan
 from longspan.cli_calibrate import calibrate
 from longspan.cli_chat import chat
+from longspan.cli_eval import needle
 from longspan.cli_plan import plan
 from longspan.config import EngineConfig
 from longspan.errors import InvalidRequestError, LongspanError, RankFailedError
@@ -82,9 +83,12 @@ def _errors_on_one_line() -> Iterator[None]:
         raise typer.Exit(_INTERRUPTED) from None
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
+evaluations = typer.Typer(no_args_is_help=True, help="Evaluate a model.", rich_markup_mode=None)
+
+
+def _command(function: Callable[..., None], of: typer.Typer = app) -> Callable[..., None]:
     """Make a function a command of its name; what Longspan refuses ends it with one line."""
-    return app.command()(_errors_on_one_line()(with_options(function)))
+    return of.command()(_errors_on_one_line()(with_options(function)))
 
 
 @_command
@@ -167,25 +171,26 @@ def _terminate(*_: object) -> None:
 _command(chat)
 _command(plan)
 _command(calibrate)
+_command(needle, evaluations)
+app.add_typer(evaluations, name="eval")
 
 
 @_command
 def demo(
     context_parallel_size: Annotated[int, typer.Option(min=2, help="Ranks, one process each.")] = 3,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 24_000,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 48,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the text.")] = 40_000,
     compare: Annotated[
         bool, typer.Option(help="Check the tokens against transformers in one process.")
     ] = True,
 ) -> None:
-    """Show a long context served exactly.
+    """Find facts in a text that no rank could hold alone.
 
-    Serves a prompt that no rank could hold alone with a packaged model, and compares every token
-    with what transformers generates in one process. Needs no network.
+    Hides a few facts in a long text, asks a packaged model for them, and compares every token of
+    its answers with what transformers generates in one process. Needs no network.
     """
     from longspan.demo.demo import run
 
-    if not run(context_parallel_size, tokens, max_tokens, compare=compare):
+    if not run(context_parallel_size, tokens, compare=compare):
         raise typer.Exit(1)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -24,6 +25,7 @@ import longspan.llm
 from longspan.cli import app
 from longspan.config import EngineConfig
 from longspan.errors import InvalidRequestError, RankFailedError
+from longspan.evaluation.prose import prose
 from longspan.options import SAMPLING_HELP
 from longspan.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from longspan.sampling_params import SamplingParams
@@ -110,13 +112,14 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_names_the_commands() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    assert re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)[-6:] == [
+    assert re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE)[-7:] == [
         "generate",
         "serve",
         "chat",
         "plan",
         "calibrate",
         "demo",
+        "eval",
     ]
 
 
@@ -457,9 +460,9 @@ def test_demo_ends_with_its_verdict(
         return identical
 
     monkeypatch.setattr("longspan.demo.demo.run", run)
-    options = ["--context-parallel-size", "2", "--tokens", "9", "--max-tokens", "3", "--no-compare"]
+    options = ["--context-parallel-size", "2", "--tokens", "9", "--no-compare"]
     assert invoke("demo", *options).exit_code == status
-    assert given == [2, 9, 3, False]
+    assert given == [2, 9, False]
 
 
 # Whole programs, on the packaged model.
@@ -482,7 +485,7 @@ def program(*arguments: str, stdout: int = subprocess.PIPE) -> Iterator[subproce
 
 def test_two_processes_generate_what_one_does() -> None:
     asked = ("generate", MODEL, "--prompt-file", "-", "--json", *GREEDY)
-    prompt = longspan.demo.text()[:3_000]
+    prompt = " ".join(islice(prose(0), 70))
     spread = ("--context-parallel-size", "2", "--kv-cache-tokens", "800,400", "--page-size", "8")
     options = ("--min-tokens-per-rank", "64", "--max-model-len", "1200")
     command = [*PROGRAM, *asked, *spread, *options]

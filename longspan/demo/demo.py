@@ -1,23 +1,23 @@
-"""`longspan demo`: a prompt that no rank could hold alone is served, and every token checked."""
+"""`longspan demo`: facts are found in a text that no rank can hold, and every token is checked."""
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from longspan.demo import model_path, text
+from longspan.demo import model_path
 from longspan.errors import InvalidRequestError
+from longspan.evaluation.needle import Haystack, Needle, haystacks
+from longspan.evaluation.subject import MAX_TOKENS, EngineSubject
 from longspan.llm import LLM
 from longspan.outputs import RequestOutput
 from longspan.plan import Traffic
-from longspan.progress import summary
 from longspan.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["run"]
 
@@ -26,54 +26,71 @@ PAGE_SIZE = 16
 CHUNK_TOKENS = 1024
 """Tokens of one rank in one step: few enough for a progress bar that moves."""
 
-TAIL_TOKENS = 100
-"""So much of the prompt's end is shown, but for its first line, before the continuation."""
+DEPTHS = (0, 25, 50, 75, 100)
+"""Where the facts are hidden, in percent of the text."""
+
+SEED = 1
 
 BAR_WIDTH = 30
 
 
-def run(
-    num_ranks: int = 3, num_tokens: int = 24_000, max_tokens: int = 48, *, compare: bool = True
-) -> bool:
-    """Generate greedily in float32 on CPU ranks, and once more with transformers alone.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question that has been answered, and what was answered."""
 
-    Each rank is a process whose KV pool is too small for the prompt. What happens is printed to
-    standard output, progress to standard error. Returns False if any token differs.
+    needle: Needle
+    output: RequestOutput
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.output.outputs[0].token_ids
+
+    @property
+    def right(self) -> bool:
+        return self.needle.fact.is_told_by(self.output.outputs[0].text)
+
+
+def run(num_ranks: int = 3, num_tokens: int = 40_000, *, compare: bool = True) -> bool:
+    """Ask for what is hidden in a long text, on CPU ranks, and once more of transformers alone.
+
+    Each rank is a process whose KV pool is too small for the text. What happens is printed to
+    standard output, progress to standard error. Returns False if an answer is wrong or any token
+    differs.
 
     Raises:
-        InvalidRequestError: a length is outside its limits.
-        ConfigError: prompt and output are longer than the model's longest context.
+        InvalidRequestError: the text is too short.
+        ConfigError: it has no room for the facts, or is longer than the model's longest context.
     """
     console = Console(highlight=False)
-    capacity = _capacity(num_ranks, num_tokens, max_tokens)
+    capacity = _capacity(num_ranks, num_tokens)
     console.print(
-        f"A prompt of [bold]{num_tokens:,}[/] tokens for [bold]{num_ranks}[/] ranks, CPU processes "
-        f"with room for the KV of [bold]{capacity:,}[/] tokens each: no rank can hold it alone."
+        f"A text of some [bold]{num_tokens:,}[/] tokens for [bold]{num_ranks}[/] ranks, CPU "
+        f"processes with room for the KV of [bold]{capacity:,}[/] tokens each: no rank can hold it "
+        "alone."
     )
-    output, traffic = _serve(console, num_ranks, num_tokens, max_tokens, capacity)
-    _show_kv(console, output, capacity)
+    asked, traffic = _serve(console, num_ranks, num_tokens, capacity)
+    _show_kv(console, asked[0].output, capacity)
     _show_traffic(console, traffic)
-    return not compare or _compare(console, output)
+    right = sum(each.right for each in asked)
+    style = "green" if right == len(asked) else "red"
+    console.print(f"\n[bold {style}]{right} of {len(asked)} questions are answered right.[/]")
+    return (not compare or _compare(console, asked)) and right == len(asked)
 
 
-def _capacity(num_ranks: int, num_tokens: int, max_tokens: int) -> int:
-    """Tokens of one rank's pool: a quarter more than its share, less than the prompt."""
-    if max_tokens > num_tokens // 2:
+def _capacity(num_ranks: int, num_tokens: int) -> int:
+    """Tokens of one rank's pool: a quarter more than its share, less than the text."""
+    capacity = -(-5 * num_tokens // (4 * num_ranks * PAGE_SIZE)) * PAGE_SIZE
+    if num_tokens < 20 * PAGE_SIZE * num_ranks:
         raise InvalidRequestError(
-            f"max_tokens={max_tokens} must be at most half of the prompt's {num_tokens} tokens"
-        )
-    pages = -(-5 * (num_tokens + max_tokens) // (4 * num_ranks * PAGE_SIZE))
-    capacity = pages * PAGE_SIZE
-    if capacity >= num_tokens:
-        raise InvalidRequestError(
-            f"tokens={num_tokens} must be more, for pools of {capacity} tokens to be too small"
+            f"tokens={num_tokens} must be at least {20 * PAGE_SIZE * num_ranks}, for pools of "
+            f"{num_ranks} ranks to be too small"
         )
     return capacity
 
 
 def _serve(
-    console: Console, num_ranks: int, num_tokens: int, max_tokens: int, capacity: int
-) -> tuple[RequestOutput, Mapping[str, Traffic]]:
+    console: Console, num_ranks: int, num_tokens: int, capacity: int
+) -> tuple[list[Asked], Mapping[str, Traffic]]:
     begun = time.monotonic()
     with LLM(
         str(model_path()),
@@ -82,37 +99,53 @@ def _serve(
         context_parallel_size=num_ranks,
         kv_cache_tokens=capacity,
         page_size=PAGE_SIZE,
-        max_model_len=num_tokens + max_tokens,
+        max_model_len=num_tokens,
         max_num_batched_tokens=CHUNK_TOKENS,
     ) as llm:
         console.print(f"Started {num_ranks} ranks in {time.monotonic() - begun:.1f} s.")
-        tokenizer = llm.get_tokenizer()
-        prompt = _prompt(tokenizer, num_tokens)
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        [output] = llm.generate({"prompt_token_ids": prompt}, params)
-        _show_text(console, tokenizer, output)
-        return output, llm.engine.traffic
+        subject = EngineSubject(llm)
+        [haystack] = haystacks(num_tokens, DEPTHS, 1, SEED, subject.count)
+        _show_text(console, haystack)
+        asked = [
+            _ask(console, llm, needle, subject.prompt(haystack.text, needle.fact))
+            for needle in haystack.needles
+        ]
+        return asked, llm.engine.traffic
 
 
-def _prompt(tokenizer: "PreTrainedTokenizerBase", num_tokens: int) -> list[int]:
-    token_ids: list[int] = tokenizer.encode(text(), truncation=True, max_length=num_tokens)
-    if len(token_ids) < num_tokens:
-        raise InvalidRequestError(
-            f"tokens={num_tokens} must be at most {len(token_ids)}, the length of the demo's text"
-        )
-    return token_ids
-
-
-def _show_text(
-    console: Console, tokenizer: "PreTrainedTokenizerBase", output: RequestOutput
-) -> None:
-    tail = str(tokenizer.decode(output.prompt_token_ids[-TAIL_TOKENS:]))
-    console.rule("the end of the prompt", align="left", style="dim")
-    console.print(Text(tail.split("\n", 1)[-1].strip("\n"), style="dim"))
-    console.rule("how the model goes on", align="left", style="dim")
-    console.print(Text(output.outputs[0].text.strip("\n"), style="bold"))
+def _show_text(console: Console, haystack: Haystack) -> None:
+    middle = haystack.needles[0].fact.statement
+    at = haystack.text.index(middle)
+    before, after = haystack.text[at - 300 : at], haystack.text[at + len(middle) :][:300]
+    console.rule("a few lines of the text", align="left", style="dim")
+    lines = Text.assemble("... ", before.split(" ", 1)[-1], (middle, "bold"), after, " ...")
+    lines.stylize("dim")
+    console.print(lines)
     console.rule(style="dim")
-    console.print(summary(output))
+
+
+def _ask(console: Console, llm: LLM, needle: Needle, prompt: Any) -> Asked:
+    """Print a question, and its answer as it is drawn."""
+    console.print(f"\n[bold]{needle.fact.question}[/] [dim](told at {needle.depth:.0f} %)[/]")
+    whole = None
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    for increment in llm.stream(prompt, params, use_tqdm=True):
+        console.print(Text(increment.outputs[0].text, style="bold cyan"), end="")
+        if whole is None:
+            whole = increment
+        else:
+            whole.add(increment)
+    assert whole is not None
+    asked = Asked(needle, whole)
+    console.print("  [green]right[/]" if asked.right else "  [red]WRONG[/]")
+    metrics = whole.metrics
+    assert metrics is not None
+    console.print(
+        f"[dim]{len(whole.prompt_token_ids):,} tokens, {whole.num_cached_tokens:,} of them known "
+        f"from before; first token after {metrics.time_to_first_token:.2f} s, others after "
+        f"{1e3 * (metrics.time_per_output_token or 0):.0f} ms each[/]"
+    )
+    return asked
 
 
 def _show_kv(console: Console, output: RequestOutput, capacity: int) -> None:
@@ -138,40 +171,61 @@ def _show_traffic(console: Console, traffic: Mapping[str, Traffic]) -> None:
     console.print(table)
 
 
-def _compare(console: Console, output: RequestOutput) -> bool:
+def _compare(console: Console, asked: Sequence[Asked]) -> bool:
     console.print("\nThe same with transformers alone, in one process that holds all the KV ...")
-    tokens, metrics = output.outputs[0].token_ids, output.metrics
-    assert metrics is not None
-    assert metrics.finished_time is not None
+    prompts = [each.output.prompt_token_ids for each in asked]
     with console.status("model.generate"):
-        expected, seconds = _generate_alone(output.prompt_token_ids, len(tokens))
-    took = metrics.finished_time - metrics.arrival_time
+        expected, seconds = _generate_alone(prompts)
+    took = _took(asked)
     console.print(f"It took {seconds:.1f} s; all ranks together, on the same cores, {took:.1f} s.")
-    if tokens == expected:
-        console.print(f"[bold green]All {len(tokens)} tokens are identical.[/]")
-        return True
-    pairs = enumerate(zip(tokens, expected, strict=True))
-    position, (ours, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-    console.print(
-        f"[bold red]THE TOKENS DIFFER from output token {position} on: Longspan {ours}, "
-        f"transformers {theirs}.[/] That must not be; please report it."
-    )
-    return False
+    for each, theirs in zip(asked, expected, strict=True):
+        if each.token_ids != theirs:
+            console.print(
+                f"[bold red]THE TOKENS DIFFER for {each.needle.fact.name}: Longspan "
+                f"{each.token_ids}, transformers {theirs}.[/] That must not be; please report it."
+            )
+            return False
+    count = sum(map(len, expected))
+    console.print(f"[bold green]All {count} tokens of the answers are identical.[/]")
+    return True
 
 
-def _generate_alone(prompt: Sequence[int], count: int) -> tuple[list[int], float]:
-    """The next `count` tokens and the seconds they take by plain transformers, greedy, float32."""
+def _took(asked: Sequence[Asked]) -> float:
+    """Seconds from each question to the end of its answer, added up."""
+    seconds = 0.0
+    for each in asked:
+        metrics = each.output.metrics
+        assert metrics is not None
+        assert metrics.finished_time is not None
+        seconds += metrics.finished_time - metrics.arrival_time
+    return seconds
+
+
+def _generate_alone(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], float]:
+    """Answers by plain transformers, greedy, float32, and the seconds that all of them take.
+
+    What the prompts have in common is computed once, as Longspan does by its prefix cache.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, DynamicCache
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
-    # As with ignore_eos: an end-of-sequence token is a token like others.
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
-    token_ids = torch.tensor([prompt])
+    columns = zip(*prompts, strict=False)
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    answers = []
     begun = time.monotonic()
-    whole = model.generate(
-        token_ids, attention_mask=torch.ones_like(token_ids), max_new_tokens=count
-    )
-    return whole[0, len(prompt) :].tolist(), time.monotonic() - begun
+    cache = DynamicCache(config=model.config)
+    for prompt in prompts:
+        token_ids = torch.tensor([prompt])
+        whole = model.generate(
+            token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            past_key_values=cache,
+            max_new_tokens=MAX_TOKENS,
+            do_sample=False,
+        )
+        cache.crop(shared - cache.get_seq_length())
+        answers.append(whole[0, len(prompt) :].tolist())
+    return answers, time.monotonic() - begun
