@@ -87,11 +87,11 @@ def _reader() -> Callable[[], Tensor]:
     return numbers.sum
 
 
-def best_time(work: Callable[[], object]) -> float:
+def best_time(work: Callable[[], object], turns: int = TURNS) -> float:
     """The least mean seconds of a call, of some turns."""
     work()
     calls, best = 1, float("inf")
-    for _ in range(TURNS):
+    for _ in range(turns):
         while True:
             begun = time.perf_counter()
             for _ in range(calls):

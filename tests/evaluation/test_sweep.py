@@ -51,13 +51,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProgram]:
     server.kill()
 
 
-def test_a_server_is_asked_over_texts_of_the_lengths_wanted(server: ServerProgram) -> None:
+def test_a_server_is_asked_over_texts_of_about_the_lengths_wanted(server: ServerProgram) -> None:
     subject = ServerSubject(f"{server.url}/v1", KEY, "finder")
     done = evaluate(subject, SWEEP, None, lambda *_: None)
     for length in SWEEP.lengths:
         assert done.accuracy(length) >= 0.9
         for question in done.at(length):
-            assert 0.85 * length < question.answer.prompt_tokens < length
+            assert 0.85 * length < question.answer.prompt_tokens < 1.05 * length
     assert done.questions[-1].answer.cached_tokens > 1000
 
 
@@ -103,7 +103,7 @@ def test_json_has_every_answer() -> None:
         (("--depths", "0,110"), "depths=[0.0, 110.0] must be from 0 to 100, in percent"),
         (("--depths", "begin"), "depths='begin' must be numbers with commas, as in 0,50,100"),
         (("--samples", "0"), "samples=0 must be at least 1"),
-        (("--lengths", "4K"), "lengths=4096 is above the 2,512 tokens that model="),
+        (("--lengths", "4K"), "lengths=4096 is above the 2,496 tokens that model="),
         (("--plot", "map.jpg"), "plot='map.jpg' must be the name of a .png file"),
         (("--base-url", "http://127.0.0.1:9"), "no server at http://127.0.0.1:9: "),
     ],
