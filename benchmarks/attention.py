@@ -75,12 +75,8 @@ def decode(turns: int, dtype: torch.dtype, batch: int, threads: int) -> Row:
             rates.append(size / seconds_of(1, batch, DECODE_KEYS, 64, dtype))
         parts.append(rates[-1] / ceiling)
     what = f"decode 32K, batch {batch}, {name_of(dtype)}, {threads} thread(s)"
-    return {
-        "kernel": what,
-        "unit": "GB/s",
-        "rate": median(rates) / 1e9,
-        "percent": 100 * median(parts),
-    }
+    percent = 100 * median(parts)
+    return {"kernel": what, "unit": "GB/s", "rate": median(rates) / 1e9, "percent": percent}
 
 
 def name_of(dtype: torch.dtype) -> str:
