@@ -30,6 +30,7 @@ shapes = st.builds(
     num_kv_heads=st.sampled_from((1, 2, 8)),
     head_dim=st.sampled_from((64, 80, 128)),
     itemsize=st.sampled_from((2, 4)),
+    row_bytes=st.none(),
 )
 ranks = st.integers(2, 16)
 ONE_HOST = Topology.of_hosts([16])

@@ -21,6 +21,7 @@ from longspan.worker.channel import Attach, Channel, Failed, Hello, Join, Proof,
 from longspan.worker.control_port import ControlPort, listen
 from longspan.worker.handshake import Unwelcome, dial, release
 from longspan.worker.nodes import Node, gather
+from longspan.worker.secret import shared_secret
 
 SECRET = cluster.SECRET.encode()
 
@@ -228,4 +229,4 @@ def test_a_node_does_not_wait_for_ever(model: Path, monkeypatch: pytest.MonkeyPa
 def test_the_secret_is_asked_for(monkeypatch: pytest.MonkeyPatch, secret: str, said: str) -> None:
     monkeypatch.setenv("LONGSPAN_SECRET", secret)
     with pytest.raises(ConfigError, match=f"LONGSPAN_SECRET, the same on all nodes; {said}.*"):
-        handshake.shared_secret()
+        shared_secret()
