@@ -143,7 +143,7 @@ def test_every_sampling_parameter_has_a_help_text() -> None:
 
 def test_choices_are_shown() -> None:
     help = invoke("generate", "--help").stdout
-    for name in ("dtype", "device", "attention_strategy"):
+    for name in ("dtype", "kv_cache_dtype", "device", "attention_strategy"):
         choices = get_args(get_type_hints(EngineConfig)[name])
         assert "|".join(choices) in help
 
@@ -164,6 +164,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "revision": "v2",
     "trust_remote_code": True,
     "dtype": "bfloat16",
+    "kv_cache_dtype": "int8",
     "device": "cpu",
     "context_parallel_size": 3,
     "max_model_len": 4_000,
