@@ -14,6 +14,9 @@ import pytest
 import zoo
 from program import PATIENCE_S, ServerProgram, wait_until
 
+from longspan.evaluation.subject import ServerSubject
+from longspan.evaluation.sweep import Sweep, evaluate
+
 CHAT = [sys.executable, "-c", "from longspan.cli import main; main()", "chat"]
 KEY = "a key of the tests"
 GREEDY = ("--temperature", "0")
@@ -116,3 +119,18 @@ def test_what_is_wrong_is_one_line(
     assert (code, written) == (1, "")
     assert talk.shown().startswith(said), talk.shown()
     assert len(talk.shown().splitlines()) == 1
+
+
+def test_an_evaluation_asks_it_over_texts_of_about_the_lengths_wanted(
+    server: ServerProgram,
+) -> None:
+    """What a random model answers is never right; texts and the cache are what is looked at."""
+    sweep = Sweep((512, 2048), (0.0, 100.0), samples=2, seed=5)
+    report = evaluate(ServerSubject(f"{server.url}/v1", KEY, "tiny"), sweep, None, lambda *_: None)
+    for length in sweep.lengths:
+        answers = [question.answer for question in report.at(length)]
+        assert len(answers) == 4
+        assert all(0.85 * length < answer.prompt_tokens < 1.05 * length for answer in answers)
+        assert all(answer.output_tokens for answer in answers)
+        assert answers[1].cached_tokens > 0.7 * length
+        assert report.accuracy(length) == 0
