@@ -35,7 +35,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property, partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from served import Answer, Ask, Server, Texts, client, drive, read
 
 from longspan import LLM, demo
 from longspan.engine.completion import Group
+from longspan.evaluation.prose import prose
 
 RANKS = 2
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache_tokens": 100_000}
@@ -55,6 +56,7 @@ PROMPTS, OUTPUTS = (32, 2048), (16, 96)
 LONG_PROMPTS = (4096, 8192)
 STREAMS, LONG_STREAMS = 200, 10
 LEAVERS, STAYERS = 100, 8
+SENTENCES = 4000
 SAMPLE_S = 10.0
 MIB = 1 << 20
 
@@ -93,7 +95,8 @@ class Setting:
 
     @cached_property
     def token_ids(self) -> list[int]:
-        return list(self.alone.get_tokenizer().encode(demo.text()))
+        text = " ".join(islice(prose(seed=0), SENTENCES))
+        return list(self.alone.get_tokenizer().encode(text))
 
     def texts(self, seed: int) -> Texts:
         return Texts(self.token_ids, seed)
