@@ -1,11 +1,14 @@
 """C++ is compiled once, by whichever process comes first, and again when anything of it changes."""
 
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
 
 from longspan import compiled
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
 def write(folder: Path, answer: int) -> Path:

@@ -1,6 +1,7 @@
 """The compiled kernel, over keys that lie anywhere in a pool, is the reference."""
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -17,6 +18,8 @@ from longspan.attention.state import AttentionState
 from longspan.attention.tiled import tiled
 from longspan.attention.work import Share, Tile, Work
 from longspan.compiled import library
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 CPU = torch.device("cpu")
 HEADS = [(8, 2), (16, 2), (14, 2), (6, 6), (8, 1), (2, 1), (9, 1)]
