@@ -21,7 +21,7 @@ SWEEP = Sweep((512, 2048), (0.0, 50.0, 100.0), samples=2, seed=5)
 def report(ranks: int) -> Report:
     told: list[tuple[int, list[Question]]] = []
     pools = 3000 // ranks  # of two, neither has room for the longer texts
-    options = {"distributed_executor_backend": "uni", "kv_cache_tokens": pools}
+    options = {"distributed_executor_backend": "mp", "kv_cache_tokens": pools}
     with LLM(str(model_path()), context_parallel_size=ranks, dtype="float32", **options) as llm:
         done = evaluate(EngineSubject(llm), SWEEP, ranks, lambda *news: told.append(news))
     assert told == [(length, done.at(length)) for length in SWEEP.lengths]
@@ -41,7 +41,7 @@ def test_ranks_find_what_one_finds() -> None:
 
 
 def command(*arguments: object) -> Result:
-    options = ("--distributed-executor-backend", "uni", "--kv-cache-tokens", "2500")
+    options = ("--distributed-executor-backend", "mp", "--kv-cache-tokens", "2500")
     runner = CliRunner(env={**os.environ, "COLUMNS": "100", "TERM": "dumb"})
     return runner.invoke(app, ["eval", "needle", str(model_path()), *options, *map(str, arguments)])
 
