@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longspan.attention import cpu, native, reference
 from longspan.attention.state import AttentionState
-from longspan.attention.tiled import tiled
+from longspan.attention.tiled import Tiled
 from longspan.attention.work import Work
 from longspan.compiled import library
 
@@ -35,8 +35,8 @@ def kernel_for(device: torch.device) -> Kernel:
     if device.type == "cuda":
         from longspan.attention import cuda  # needs Triton, which comes with PyTorch for CUDA
 
-        return tiled(cuda.attention)
+        return Tiled(cuda.attention)
     if device.type != "cpu":
-        return tiled(reference.attention)
+        return Tiled(reference.attention)
     compiled = library(native.SOURCE)
-    return tiled(cpu.attention) if compiled is None else native.Native(compiled)
+    return Tiled(cpu.attention) if compiled is None else native.Native(compiled)

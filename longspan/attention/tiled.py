@@ -22,7 +22,7 @@ class Attention(Protocol):
     ) -> AttentionState: ...
 
 
-class tiled:
+class Tiled:
     """The kernel that merges `attention` of each tile into the state."""
 
     def __init__(self, attention: Attention) -> None:

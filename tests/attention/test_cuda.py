@@ -28,7 +28,7 @@ from torch import Tensor
 from longspan.attention import reference
 from longspan.attention.kernel import kernel_for
 from longspan.attention.state import AttentionState
-from longspan.attention.tiled import tiled
+from longspan.attention.tiled import Tiled
 
 pytest.importorskip("triton", reason="Triton has no wheel for this system")
 
@@ -175,7 +175,7 @@ def test_inputs_stay_as_they_are() -> None:
 
 def test_gpus_have_this_kernel() -> None:
     kernel = kernel_for(torch.device("cuda"))
-    assert isinstance(kernel, tiled)
+    assert isinstance(kernel, Tiled)
     assert kernel.attention is cuda.attention
 
 

@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.attention.kv_format import decode, encode, row_length
+from longspan.cost.kv_shape import KVShape
+from longspan.models import ModelSpec
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -31,3 +33,11 @@ def test_rows_of_zeros_stay_zeros() -> None:
 def test_the_same_numbers_give_the_same_rows_whatever_lies_beside_them() -> None:
     x = torch.randn(9, 2, 16)
     assert torch.equal(encode(x, torch.int8)[3:5], encode(x[3:5], torch.int8))
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "float16", "int8"])
+def test_rows_have_the_bytes_that_are_counted_with(kept: str) -> None:
+    """Pools and messages are planned by `KVShape`, which knows of no tensors."""
+    spec = ModelSpec("m", "A", 1, 2, 1, 80, 99, 99, (), "float32", kept, num_active_parameters=9)
+    key_and_value = encode(torch.zeros(2, 80), getattr(torch, kept))
+    assert KVShape.of(spec).token_bytes == key_and_value.nbytes

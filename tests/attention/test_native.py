@@ -15,7 +15,7 @@ from longspan.attention import cpu, native, reference
 from longspan.attention.kernel import Kernel, kernel_for
 from longspan.attention.kv_format import encode
 from longspan.attention.state import AttentionState
-from longspan.attention.tiled import tiled
+from longspan.attention.tiled import Tiled
 from longspan.attention.work import Share, Tile, Work
 from longspan.compiled import library
 
@@ -75,7 +75,7 @@ def test_it_is_the_kernel_of_the_cpu() -> None:
 def test_it_is_the_reference(
     kernel: Kernel, heads: tuple[int, int], head_dim: int, dtype: torch.dtype
 ) -> None:
-    expected = tiled(reference.attention)
+    expected = Tiled(reference.attention)
     for tokens, keys in SHAPES:
         for causal in (False, True):
             keys = tokens if causal else keys
@@ -93,7 +93,7 @@ def test_its_error_is_that_of_float32(kernel: Kernel) -> None:
     exact = attention_in_float64(q, *kv.transpose(1, 2), scale=0.125)
     ours, theirs = (
         float((run(each, q, kv, whole(5, 3000), 0.125).out.double() - exact.out).abs().max())
-        for each in (kernel, tiled(cpu.attention))
+        for each in (kernel, Tiled(cpu.attention))
     )
     assert ours < 2 * theirs
 
@@ -216,8 +216,8 @@ def test_requests_of_a_step_in_scattered_pages(threads: int, case: tuple[Work, i
         ours = run(kernel_for(CPU), q, kv, work, 0.2)
     finally:
         torch.set_num_threads(before)
-    assert_close(ours, run(tiled(reference.attention), q, kv, work, 0.2))
-    assert_close(ours, run(tiled(cpu.attention), q, kv, work, 0.2))
+    assert_close(ours, run(Tiled(reference.attention), q, kv, work, 0.2))
+    assert_close(ours, run(Tiled(cpu.attention), q, kv, work, 0.2))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -230,7 +230,7 @@ def test_long_contexts_are_split_over_threads(kernel: Kernel, threads: int, toke
         ours = run(kernel, q, kv, whole(tokens, 9_001), 0.125)
     finally:
         torch.set_num_threads(before)
-    assert_close(ours, run(tiled(reference.attention), q, kv, whole(tokens, 9_001), 0.125))
+    assert_close(ours, run(Tiled(reference.attention), q, kv, whole(tokens, 9_001), 0.125))
 
 
 def cut_in(sizes: Sequence[int]) -> list[slice]:
@@ -247,7 +247,7 @@ def test_it_merges_into_what_the_state_holds(kernel: Kernel, tokens: int) -> Non
     for place in cut_in(sizes):
         length = place.stop - place.start
         kernel(state, q, kv[:, :, place], whole(tokens, length), scale=0.125)
-    expected = run(tiled(reference.attention), q, kv, whole(tokens, sum(sizes)), 0.125)
+    expected = run(Tiled(reference.attention), q, kv, whole(tokens, sum(sizes)), 0.125)
     assert_close(state, expected)
 
 

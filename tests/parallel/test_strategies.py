@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longspan.attention.state import AttentionState
-from longspan.attention.tiled import tiled
+from longspan.attention.tiled import Tiled
 from longspan.engine.shard import fair_shares, zigzag
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.transport import Transport
@@ -225,7 +225,7 @@ def test_the_kernel_for_gpus_serves_every_strategy(strategy: Strategy) -> None:
 
     shape = Shape(4, 2, 16)
     request = prefill(20, [0, 1, 2], [5, 0, 33])
-    work = partial(attend, [request], strategy, shape=shape, kernel=tiled(kernel))
+    work = partial(attend, [request], strategy, shape=shape, kernel=Tiled(kernel))
     by_rank = run_fleet(3, work)
     assert_expected(request, [state for (state,) in by_rank], shape)
 
