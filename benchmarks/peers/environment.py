@@ -47,7 +47,7 @@ def variables(threads: int) -> dict[str, str]:
         # 'auto' leaves cores out on small machines.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        # The engine in the process that asks, which is the quicker one by a little.
+        # The engine in the process that asks, so that one process has all of vLLM's threads.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
