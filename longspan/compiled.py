@@ -12,7 +12,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-__all__ = ["library"]
+__all__ = ["SOURCES", "library"]
+
+SOURCES = Path(__file__).parent / "csrc"
 
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp"),

@@ -1,15 +1,15 @@
-"""The CPU kernel in C++ (`csrc/`)."""
+"""The CPU kernel in C++ (`csrc/attention.cpp`)."""
 
 import ctypes
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from longspan.attention.state import AttentionState
 from longspan.attention.work import Work
+from longspan.compiled import SOURCES
 
-SOURCE = Path(__file__).parent / "csrc" / "attention.cpp"
+SOURCE = SOURCES / "attention.cpp"
 
 
 class Native:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from longspan.attention.kv_format import encode, row_length
 from longspan.plan import Extent
+from longspan.worker import huge_pages
 
 
 class KVPool:
@@ -28,10 +29,11 @@ class KVPool:
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
-        self.data = torch.empty(
-            (num_layers, 2, num_kv_heads, num_pages * page_size, row_length(head_dim, dtype)),
-            dtype=dtype,
-            device=device,
+        shape = (num_layers, 2, num_kv_heads, num_pages * page_size, row_length(head_dim, dtype))
+        self.data = (
+            huge_pages.empty(shape, dtype)
+            if device.type == "cpu"
+            else torch.empty(shape, dtype=dtype, device=device)
         )
 
     def slots(self, extents: Sequence[Extent], first: int, last: int) -> Tensor:

@@ -5,14 +5,13 @@ Shapes: M rows, K inputs, N outputs.
 
 from collections.abc import Callable
 from ctypes import c_int, c_int64, c_void_p
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from longspan.compiled import library
+from longspan.compiled import SOURCES, library
 
 __all__ = ["FastLinear", "use_fast_linears"]
 
@@ -22,9 +21,9 @@ PARALLEL_WEIGHTS = 1 << 16
 """A smaller layer is done before a second thread has begun."""
 BLOCK_WEIGHTS = 1 << 19
 """Weights that are widened at a time: 2 MiB, which stay in cache until they have been used."""
-KERNEL_MULTIPLE = 16
+INPUTS_MULTIPLE = 16
 
-_SOURCE = Path(__file__).parent / "csrc" / "linear.cpp"
+_SOURCE = SOURCES / "linear.cpp"
 
 
 class FastLinear(nn.Linear):
@@ -57,7 +56,7 @@ class FastLinear(nn.Linear):
         return (
             self.weight.dtype in (torch.float32, torch.bfloat16)
             and self.weight.is_contiguous()
-            and self.in_features % KERNEL_MULTIPLE == 0
+            and self.in_features % INPUTS_MULTIPLE == 0
         )
 
     def _few_rows(self, input: Tensor, rows: int) -> Tensor:

@@ -14,6 +14,8 @@ from longspan.models import ModelSpec
 from longspan.parallel.transport import Transport
 from longspan.plan import RankPlan, RankResult
 from longspan.worker import hf_attention
+from longspan.worker.fused_layer import fuse_layers
+from longspan.worker.huge_pages import move_weights
 from longspan.worker.kv_pool import KVPool
 from longspan.worker.linear import use_fast_linears
 from longspan.worker.moves import start_moves
@@ -48,8 +50,11 @@ class ModelRunner:
         )
         self.model = model.eval().to(device)
         if device.type == "cpu":
+            move_weights(self.model)
             use_fast_linears(self.model)
         self.scale = [layer.scaling for layer in probe(self.model, spec.name, spec.max_model_len)]
+        if device.type == "cpu":
+            fuse_layers(self.model)
         self.pool = KVPool(
             spec.num_layers,
             num_pages(config, spec, transport, device),

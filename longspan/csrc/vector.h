@@ -53,12 +53,33 @@ inline Vector load(const BFloat16* p) {
 #endif
 }
 
+// x y + z. Asked for by name where a result may not depend on which loop the compiler put it in.
+inline Vector fused(Vector x, Vector y, Vector z) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(x, y, z);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(x, y, z);
+#else
+    return x * y + z;
+#endif
+}
+
 inline float widen(float x) { return x; }
 inline float widen(BFloat16 x) {
     const uint32_t word = static_cast<uint32_t>(x.bits) << 16;
     float wide;
     __builtin_memcpy(&wide, &word, sizeof wide);
     return wide;
+}
+
+inline void narrow(float x, float* to) { *to = x; }
+
+// To the nearest, of two equally near the even one; a NaN stays one.
+inline void narrow(float x, BFloat16* to) {
+    uint32_t word;
+    __builtin_memcpy(&word, &x, sizeof word);
+    const uint32_t rounded = (word + 0x7fffu + (word >> 16 & 1u)) >> 16;
+    to->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
 }
 
 inline float widen(Float16 x) {

@@ -1,0 +1,159 @@
+// A decoder layer for the few rows of a decode step, but for its attention: what comes before it and
+// what comes after it, in one call each.
+//
+// As modules, a layer of a small model spends more time between its matrix products than in them.
+// x is float32 or bfloat16, as the weights are; all between is float32 and rounded once.
+
+#include "product.h"
+
+namespace {
+
+struct Linear {
+    const void* weight;  // [outputs, inputs]
+    const float* bias;   // [outputs], or null
+    int64_t outputs;
+};
+
+struct Norm {
+    const float* weight;  // or null: no norm
+    float epsilon;
+};
+
+// Numbers of rows, heads and layers are multiples of 16.
+struct Layer {
+    int64_t hidden, heads, kv_heads, head_dim;
+    Norm norm1, q_norm, k_norm, norm2;
+    Linear q, k, v, o, gate, up, down;
+};
+
+float* memory_of(int64_t floats) {
+    static thread_local std::vector<float> memory;
+    if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
+    return memory.data();
+}
+
+// to = weight x / rms(x), which may be in place (RMSNorm, arXiv 1910.07467).
+template <typename T>
+inline void normalize(const Norm& norm, const T* x, float* to, int64_t length) {
+    Vector squares = {};
+    for (int64_t i = 0; i < length; i += VL) squares += load(x + i) * load(x + i);
+    const Vector factor = splat(1.0f / std::sqrt(sum(squares) / length + norm.epsilon));
+    for (int64_t i = 0; i < length; i += VL)
+        store(to + i, load(x + i) * factor * load(norm.weight + i));
+}
+
+template <typename W, typename Take>
+inline void apply(const Linear& linear, const float* x, int64_t rows, int64_t inputs,
+                  const Take& take) {
+    const float* bias = linear.bias;
+    product(x, rows, static_cast<const W*>(linear.weight), linear.outputs, inputs,
+            [&](int64_t output, int64_t row, float sum) {
+                take(output, row, sum + (bias ? bias[output] : 0.0f));
+            });
+}
+
+// Rotary position embedding of a head in place (arXiv 2104.09864), number i with i + rotated / 2.
+template <typename T>
+inline void rotate(float* x, const T* cos, const T* sin, int64_t rotated) {
+    const int64_t half = rotated / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float low = x[i], high = x[i + half];
+        x[i] = low * widen(cos[i]) - high * widen(sin[i]);
+        x[i + half] = high * widen(cos[i + half]) + low * widen(sin[i + half]);
+    }
+}
+
+// x / (1 + e^-x), with exponents that can't overflow.
+inline Vector silu(Vector x) {
+    const Vector one = splat(1.0f), power = exp2((x < Vector{} ? x : -x) * splat(LOG2E));
+    return x * (x < Vector{} ? power : one) / (one + power);
+}
+
+// From x [rows, hidden] q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim]; cos and sin
+// [rows, rotated], which may be 0.
+template <typename T>
+void before(const Layer& layer, const T* x, const T* cos, const T* sin, int64_t rotated, T* q, T* k,
+            T* v, int64_t rows, int threads) {
+    const int64_t hidden = layer.hidden, depth = layer.head_dim;
+    const int64_t heads = layer.heads + 2 * layer.kv_heads, width = heads * depth;
+    float* normal = memory_of(rows * (hidden + width));
+    float* all = normal + rows * hidden;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r)
+            normalize(layer.norm1, x + r * hidden, normal + r * hidden, hidden);
+        float* to = all;
+        for (const Linear* linear : {&layer.q, &layer.k, &layer.v}) {
+            apply<T>(*linear, normal, rows, hidden, [=](int64_t output, int64_t row, float value) {
+                to[row * width + output] = value;
+            });
+            to += linear->outputs;
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * heads; ++i) {
+            const int64_t row = i / heads, head = i % heads;
+            float* own = all + i * depth;
+            const bool is_q = head < layer.heads, is_k = !is_q && head < heads - layer.kv_heads;
+            const Norm& norm = is_q ? layer.q_norm : layer.k_norm;
+            if ((is_q || is_k) && norm.weight) normalize(norm, own, own, depth);
+            if (is_q || is_k) rotate(own, cos + row * rotated, sin + row * rotated, rotated);
+            T* out = is_q   ? q + (row * layer.heads + head) * depth
+                     : is_k ? k + (row * layer.kv_heads + head - layer.heads) * depth
+                            : v + (row * layer.kv_heads + head + layer.kv_heads - heads) * depth;
+            for (int64_t d = 0; d < depth; ++d) narrow(own[d], out + d);
+        }
+    }
+}
+
+// From attention [rows, heads, head_dim] and x [rows, hidden] y [rows, hidden]: the output
+// projection, and the gated MLP with SiLU (arXiv 2002.05202), each added to what it began with.
+template <typename T>
+void after(const Layer& layer, const float* attention, const T* x, T* y, int64_t rows,
+           int threads) {
+    const int64_t hidden = layer.hidden, inner = layer.gate.outputs;
+    float* sums = memory_of(rows * (2 * hidden + 2 * inner));
+    float *normal = sums + rows * hidden, *gate = normal + rows * hidden, *up = gate + rows * inner;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        apply<T>(layer.o, attention, rows, layer.heads * layer.head_dim,
+                 [=](int64_t output, int64_t row, float value) {
+                     const int64_t at = row * hidden + output;
+                     sums[at] = widen(x[at]) + value;
+                 });
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; ++r)
+            normalize(layer.norm2, sums + r * hidden, normal + r * hidden, hidden);
+        const auto keep = [=](float* to) {
+            return [=](int64_t output, int64_t row, float value) { to[row * inner + output] = value; };
+        };
+        apply<T>(layer.gate, normal, rows, hidden, keep(gate));
+        apply<T>(layer.up, normal, rows, hidden, keep(up));
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * inner; i += VL)
+            store(gate + i, silu(load(gate + i)) * load(up + i));
+        apply<T>(layer.down, gate, rows, inner, [=](int64_t output, int64_t row, float value) {
+            const int64_t at = row * hidden + output;
+            narrow(sums[at] + value, y + at);
+        });
+    }
+}
+
+}  // namespace
+
+#define LONGSPAN_LAYER(name, T)                                                                 \
+    extern "C" void longspan_before_##name(const Layer* layer, const T* x, const T* cos,        \
+                                           const T* sin, int64_t rotated, T* q, T* k, T* v,     \
+                                           int64_t rows, int threads) {                         \
+        before(*layer, x, cos, sin, rotated, q, k, v, rows, threads);                           \
+    }                                                                                           \
+    extern "C" void longspan_after_##name(const Layer* layer, const float* attention,           \
+                                          const T* x, T* y, int64_t rows, int threads) {        \
+        after(*layer, attention, x, y, rows, threads);                                          \
+    }
+
+LONGSPAN_LAYER(float32, float)
+LONGSPAN_LAYER(bfloat16, BFloat16)
