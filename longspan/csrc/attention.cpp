@@ -99,7 +99,7 @@ void attend(const Call<T>& call, const Item* items, int64_t num_items, int threa
     // A block's packed queries and sums take a quarter of a megabyte, half of a usual L2 cache.
     const int64_t most = std::max<int64_t>((1 << 15) / up(call.head_dim, NR) / MR * MR, MR);
     const int64_t most_rows = std::max<int64_t>(most / call.group, 1);
-    const bool direct_fits = call.head_dim % VL == 0;
+    const bool direct_fits = call.head_dim % (2 * VL) == 0;
     std::vector<Task> tasks;
     const std::vector<Task> blocks = cut(items, num_items, most_rows);
     int64_t work = 0;

@@ -1,16 +1,19 @@
 // Attention of few queries, as in decode: keys are read once, where they lie, for all query heads of
-// their group. The speed is that of memory.
+// their group. The speed is that of memory: while one part of a block is used, the next one is
+// called up.
 #pragma once
 
 #include "task.h"
 
 namespace {
 
+constexpr int DIRECT_KEYS = 64;  // of a block: its keys and values stay in cache
+
 template <typename T>
 class Direct {
   public:
     explicit Direct(const Call<T>& call) : call_(call), depth_(call.head_dim) {
-        scratch.lay_out({FEW * depth_, FEW * depth_, FEW * NB}, {&queries_, &sums_, &scores_});
+        scratch.lay_out({FEW * depth_, FEW * depth_, FEW * DIRECT_KEYS}, {&queries_, &sums_, &scores_});
     }
 
     Result run(const Task& task) {
@@ -20,7 +23,8 @@ class Direct {
             const int64_t head = task.head * call_.group + r % call_.group;
             const float* from = call_.q + row * call_.q_row + head * call_.q_head;
             for (int64_t d = 0; d < depth_; ++d)
-                queries_[r * depth_ + d] = r < rows ? from[d] * call_.scale * LOG2E : 0.0f;
+                queries_[r * depth_ + d] =
+                    r < rows ? from[number_at<T>(d)] * call_.scale * LOG2E : 0.0f;
         }
         std::fill_n(sums_, FEW * depth_, 0.0f);
         std::fill_n(most_, FEW, NONE);
@@ -29,6 +33,7 @@ class Direct {
         else if (rows == 2) attend<2>(task);
         else if (rows <= 4) attend<4>(task);
         else attend<8>(task);
+        restore_order();
         return {sums_, most_, total_};
     }
 
@@ -38,10 +43,11 @@ class Direct {
     template <int ROWS>
     void attend(const Task& task) {
         for (const Span& span : task.spans)
-            for (int64_t first = 0; first < span.keys; first += NB) {
-                const int64_t keys = std::min<int64_t>(NB, span.keys - first);
+            for (int64_t first = 0; first < span.keys; first += DIRECT_KEYS) {
+                const int64_t keys = std::min<int64_t>(DIRECT_KEYS, span.keys - first);
                 const T* k = call_.k + task.head * call_.k_head + (span.key + first) * call_.k_slot;
                 const T* v = call_.v + task.head * call_.v_head + (span.key + first) * call_.v_slot;
+                const T* next = first + DIRECT_KEYS < span.keys ? k + DIRECT_KEYS * call_.k_slot : k;
                 score<ROWS>(k, v, keys);
                 multiply<ROWS>(k, call_.k_slot, keys);
                 if (span.causal)
@@ -52,11 +58,12 @@ class Direct {
                 float factors[ROWS];
                 soften<ROWS>(keys, factors);
                 multiply<ROWS>(v, call_.v_slot, keys);
+                constexpr int PAIRS = ROWS > 4 ? 1 : 4 / ROWS;
                 int64_t d = 0;
-                constexpr int WIDE = 8 / ROWS;  // vectors: 8 accumulators
-                for (; d + WIDE * VL <= depth_; d += WIDE * VL)
-                    weigh<ROWS, WIDE>(v + d, keys, sums_ + d, factors);
-                for (; d < depth_; d += VL) weigh<ROWS, 1>(v + d, keys, sums_ + d, factors);
+                for (; d + PAIRS * 2 * VL <= depth_; d += PAIRS * 2 * VL)
+                    weigh<ROWS, PAIRS>(v + d, keys, sums_ + d, factors, next + d * keys);
+                for (; d < depth_; d += 2 * VL)
+                    weigh<ROWS, 1>(v + d, keys, sums_ + d, factors, next + d * keys);
             }
     }
 
@@ -67,30 +74,42 @@ class Direct {
         int64_t j = 0;
         for (; j + KEYS <= keys; j += KEYS) {
             Vector sums[8] = {};
-            for (int64_t d = 0; d < depth_; d += VL) {
-                Vector x[KEYS];
+            for (int64_t d = 0; d < depth_; d += 2 * VL) {
+                Vector x[KEYS][2];
 #pragma GCC unroll 8
-                for (int i = 0; i < KEYS; ++i) x[i] = load(k + (j + i) * call_.k_slot + d);
+                for (int i = 0; i < KEYS; ++i) {
+                    load_pair(k + (j + i) * call_.k_slot + d, x[i][0], x[i][1]);
+                    x[i][0] = in_register(x[i][0]), x[i][1] = in_register(x[i][1]);
+                    call_up<2 * VL>(v + (j + i) * call_.v_slot + d);
+                }
+#pragma GCC unroll 16
+                for (int r = 0; r < 2 * ROWS; ++r) {
+                    const Vector q =
+                        in_register(load(queries_ + r % ROWS * depth_ + d + r / ROWS * VL));
 #pragma GCC unroll 8
-                for (int r = 0; r < ROWS; ++r) {
-                    const Vector q = load(queries_ + r * depth_ + d);
-#pragma GCC unroll 8
-                    for (int i = 0; i < KEYS; ++i) sums[i * ROWS + r] += q * x[i];
+                    for (int i = 0; i < KEYS; ++i) sums[i * ROWS + r % ROWS] += q * x[i][r / ROWS];
                 }
             }
-            for (int i = 0; i < KEYS; ++i)
-                for (int64_t d = 0; d < depth_; d += 64 / static_cast<int64_t>(sizeof(T)))
-                    __builtin_prefetch(v + (j + i) * call_.v_slot + d);
-            sum4(sums[0], sums[1], sums[2], sums[3], scores_ + j * ROWS);
-            sum4(sums[4], sums[5], sums[6], sums[7], scores_ + j * ROWS + 4);
+            sum_each<8>(sums, scores_ + j * ROWS);
         }
         for (; j < keys; ++j)
             for (int r = 0; r < ROWS; ++r) {
-                Vector sums = {};
-                for (int64_t d = 0; d < depth_; d += VL)
-                    sums += load(queries_ + r * depth_ + d) * load(k + j * call_.k_slot + d);
+                Vector sums = {}, x, y;
+                for (int64_t d = 0; d < depth_; d += 2 * VL) {
+                    load_pair(k + j * call_.k_slot + d, x, y);
+                    const float* q = queries_ + r * depth_ + d;
+                    sums += load(q) * x + load(q + VL) * y;
+                }
                 scores_[j * ROWS + r] = sum(sums);
             }
+    }
+
+    // Ask for so many numbers to be brought from memory.
+    template <int NUMBERS>
+    static void call_up(const T* p) {
+        constexpr int LINE = 64 / static_cast<int>(sizeof(T));
+#pragma GCC unroll 4
+        for (int i = 0; i < NUMBERS; i += LINE) __builtin_prefetch(p + i, 0, 2);
     }
 
     // Scores or weights [keys, ROWS] times the scales of the rows that they were or will be used on.
@@ -134,27 +153,38 @@ class Direct {
         }
     }
 
-    // A few columns of the sums: sums = factor sums + weights V.
-    template <int ROWS, int WIDE>
-    void weigh(const T* v, int64_t keys, float* sums, const float* factors) {
-        Vector columns[ROWS][WIDE] = {};
+    // A few columns of the sums: sums = factor sums + weights V; what lies at `next` is called up.
+    template <int ROWS, int PAIRS>
+    void weigh(const T* v, int64_t keys, float* sums, const float* factors, const T* next) {
+        Vector columns[ROWS][2 * PAIRS] = {};
 #pragma GCC unroll 2
         for (int64_t j = 0; j < keys; ++j) {
-            Vector x[WIDE];
-#pragma GCC unroll 8
-            for (int c = 0; c < WIDE; ++c) x[c] = load(v + j * call_.v_slot + c * VL);
+            Vector x[2 * PAIRS];
+#pragma GCC unroll 4
+            for (int c = 0; c < PAIRS; ++c)
+                load_pair(v + j * call_.v_slot + c * 2 * VL, x[2 * c], x[2 * c + 1]);
+            call_up<2 * VL * PAIRS>(next + j * 2 * VL * PAIRS);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
                 const Vector weight = splat(scores_[j * ROWS + r]);
 #pragma GCC unroll 8
-                for (int c = 0; c < WIDE; ++c) columns[r][c] += weight * x[c];
+                for (int c = 0; c < 2 * PAIRS; ++c) columns[r][c] += weight * x[c];
             }
         }
         for (int r = 0; r < ROWS; ++r)
-            for (int c = 0; c < WIDE; ++c) {
+            for (int c = 0; c < 2 * PAIRS; ++c) {
                 float* to = sums + r * depth_ + c * VL;
                 store(to, splat(factors[r]) * load(to) + columns[r][c]);
             }
+    }
+
+    void restore_order() {
+        if (number_at<T>(1) == 1) return;
+        for (int64_t r = 0; r < FEW; ++r) {
+            std::copy_n(sums_ + r * depth_, depth_, queries_);
+            for (int64_t d = 0; d < depth_; ++d)
+                sums_[r * depth_ + number_at<T>(d)] = queries_[d];
+        }
     }
 
     const Call<T>& call_;

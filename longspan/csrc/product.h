@@ -12,37 +12,43 @@
 namespace {
 
 constexpr int OUTPUTS = 8;  // rows of W that are met at a time
-constexpr int INPUTS_MULTIPLE = 16;
+constexpr int AHEAD = 64 / VL;  // bytes to call up for each input: a line for each vector
 
-// Calls `take(output, row, sum)` for ROWS rows of x, counted from `row`.
+// Calls `take(output, row, sum)` for ROWS rows of x, counted from `row`. Meanwhile what will be read
+// next is called up: `ahead`, if it isn't null, and as far as ROWS vectors' share of it go.
 template <int COUNT, int ROWS, typename W, typename Take>
 inline void meet(const float* x, int64_t row, const W* w, int64_t output, int64_t inputs,
-                 const Take& take) {
-    Vector sums[COUNT][ROWS] = {};
+                 const char* ahead, const Take& take) {
+    Vector sums[COUNT * ROWS] = {};
     for (int64_t i = 0; i < inputs; i += VL) {
         Vector own[ROWS];
-        for (int r = 0; r < ROWS; ++r) own[r] = load(x + (row + r) * inputs + i);
+        for (int r = 0; r < ROWS; ++r) own[r] = in_register(load(x + (row + r) * inputs + i));
         for (int o = 0; o < COUNT; ++o) {
-            const Vector weights = load(w + o * inputs + i);
-            for (int r = 0; r < ROWS; ++r) sums[o][r] = fused(weights, own[r], sums[o][r]);
+            const Vector weights = in_register(load(w + o * inputs + i));
+            for (int r = 0; r < ROWS; ++r)
+                sums[o * ROWS + r] = fused(weights, own[r], sums[o * ROWS + r]);
         }
+        __builtin_prefetch(ahead + i * AHEAD, 0, 2);
     }
+    float found[COUNT * ROWS];
+    sum_each<COUNT * ROWS>(sums, found);
     for (int o = 0; o < COUNT; ++o)
-        for (int r = 0; r < ROWS; ++r) take(output + o, row + r, sum(sums[o][r]));
+        for (int r = 0; r < ROWS; ++r) take(output + o, row + r, found[o * ROWS + r]);
 }
 
 template <int COUNT, typename W, typename Take>
 inline void meet_all(const float* x, int64_t rows, const W* w, int64_t output, int64_t inputs,
-                     const Take& take) {
-    if (rows == 1) return meet<COUNT, 1>(x, 0, w, output, inputs, take);
+                     const char* ahead, const Take& take) {
+    if (rows == 1) return meet<COUNT, 1>(x, 0, w, output, inputs, ahead, take);
     constexpr int PART = COUNT > 1 ? COUNT / 2 : 1;  // as many sums as there are registers
     for (int o = 0; o < COUNT; o += PART) {
         const W* own = w + o * inputs;
         int64_t r = 0;
-        for (; rows - r > 4 || rows - r == 3; r += 3)
-            meet<PART, 3>(x, r, own, output + o, inputs, take);
-        for (; rows - r >= 2; r += 2) meet<PART, 2>(x, r, own, output + o, inputs, take);
-        if (r < rows) meet<PART, 1>(x, r, own, output + o, inputs, take);
+        for (; rows - r > 4 || rows - r == 3; r += 3, ahead += inputs * AHEAD)
+            meet<PART, 3>(x, r, own, output + o, inputs, ahead, take);
+        for (; rows - r >= 2; r += 2, ahead += inputs * AHEAD)
+            meet<PART, 2>(x, r, own, output + o, inputs, ahead, take);
+        if (r < rows) meet<PART, 1>(x, r, own, output + o, inputs, ahead, take);
     }
 }
 
@@ -58,14 +64,15 @@ template <int COUNT, typename W, typename Take>
 inline void stripe(const float* x, int64_t rows, const W* w, int64_t output, int64_t inputs,
                    const Take& take) {
     const W* own = w + output * inputs;
+    const char* next = reinterpret_cast<const char*>(own + COUNT * inputs);
     if constexpr (sizeof(W) < sizeof(float)) {
         if (rows > 2) {
             float* wide = wide_weights(COUNT * inputs);
             for (int64_t i = 0; i < COUNT * inputs; i += VL) store(wide + i, load(own + i));
-            return meet_all<COUNT>(x, rows, wide, output, inputs, take);
+            return meet_all<COUNT>(x, rows, wide, output, inputs, next, take);
         }
     }
-    meet_all<COUNT>(x, rows, own, output, inputs, take);
+    meet_all<COUNT>(x, rows, own, output, inputs, next, take);
 }
 
 // A thread's share of x W^T, W having `outputs` rows; to be called by all threads of a team. It

@@ -38,6 +38,14 @@ inline Vector splat(float x) { return x - Vector{}; }
 inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vector x) { *reinterpret_cast<Unaligned*>(p) = x; }
 
+// Keeps the compiler from loading the same number again for each use.
+inline Vector in_register(Vector x) {
+#if defined(__x86_64__)
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
+
 inline Vector load(const BFloat16* p) {
 #if defined(__AVX512F__)
     const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
@@ -122,6 +130,28 @@ inline Vector load(const Int8* p) {
 #endif
 }
 
+// Two vectors of numbers that lie side by side, in an order of their own: `number_at(i)` says which
+// of the 2 VL numbers became the i-th. Pairs of bfloat16 come apart by a shift and a mask, which is
+// less work than to widen them in order.
+template <typename T>
+inline void load_pair(const T* p, Vector& first, Vector& second) {
+    if constexpr (std::is_same<T, BFloat16>::value) {
+        typedef uint32_t Words __attribute__((vector_size(VL * 4), aligned(2), may_alias));
+        const Words words = *reinterpret_cast<const Words*>(p);
+        first = reinterpret_cast<Vector>(words << 16);
+        second = reinterpret_cast<Vector>(words & 0xffff0000u);
+    } else {
+        first = load(p);
+        second = load(p + VL);
+    }
+}
+
+template <typename T>
+constexpr int64_t number_at(int64_t i) {
+    if (!std::is_same<T, BFloat16>::value) return i;
+    return i / (2 * VL) * (2 * VL) + i % VL * 2 + i / VL % 2;
+}
+
 template <typename T>
 constexpr bool HAS_SCALE = std::is_same<T, Int8>::value;
 
@@ -148,9 +178,9 @@ inline float sum(Vector x) {
     return total;
 }
 
-// The sums of four vectors, side by side.
-inline void sum4(Vector a, Vector b, Vector c, Vector d, float* sums) {
 #if defined(__AVX__)
+// The sums of the low and of the high halves of four vectors.
+inline __m256 sum_halves(const Vector* x) {
 #if defined(__AVX512F__)
     const auto half = [](Vector x) {
         return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
@@ -158,12 +188,28 @@ inline void sum4(Vector a, Vector b, Vector c, Vector d, float* sums) {
 #else
     const auto half = [](Vector x) { return x; };
 #endif
-    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)),
-                                        _mm256_hadd_ps(half(c), half(d)));
-    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-#else
-    sums[0] = sum(a), sums[1] = sum(b), sums[2] = sum(c), sums[3] = sum(d);
+    return _mm256_hadd_ps(_mm256_hadd_ps(half(x[0]), half(x[1])),
+                          _mm256_hadd_ps(half(x[2]), half(x[3])));
+}
 #endif
+
+// The sums of COUNT vectors, side by side; each is added up in the same order.
+template <int COUNT>
+inline void sum_each(const Vector* x, float* sums) {
+    int i = 0;
+#if defined(__AVX__)
+    for (; i + 8 <= COUNT; i += 8) {
+        const __m256 a = sum_halves(x + i), b = sum_halves(x + i + 4);
+        _mm256_storeu_ps(sums + i, _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20),
+                                                 _mm256_permute2f128_ps(a, b, 0x31)));
+    }
+    for (; i + 4 <= COUNT; i += 4) {
+        const __m256 a = sum_halves(x + i);
+        _mm_storeu_ps(sums + i, _mm_add_ps(_mm256_castps256_ps128(a),
+                                           _mm256_extractf128_ps(a, 1)));
+    }
+#endif
+    for (; i < COUNT; ++i) sums[i] = sum(x[i]);
 }
 
 // 2^x for x <= 0, 0 below 2^-126: a polynomial of degree 6 (relative error 3e-9) on [-1/2, 1/2].
