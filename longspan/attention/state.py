@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longspan.attention.absorb import absorb
+
 
 @dataclass(slots=True)
 class AttentionState:
@@ -37,38 +39,11 @@ class AttentionState:
 
     def absorb(self, other: "AttentionState") -> None:
         """Merge `other`, of the same queries, into this state in place."""
-        if _on_cpu_without_gaps(other):
-            if _is_finite(self.lse.min()):
-                mine, theirs = _weights(self.lse, other.lse)
-                self.out.mul_(mine).add_(other.out * theirs)  # addcmul_ would round otherwise
-                torch.logaddexp(self.lse, other.lse, out=self.lse)
-                return
-            if not _is_finite(self.lse.max()):
-                self.out.copy_(other.out)
-                self.lse.copy_(other.lse)
-                return
+        if absorb(self.out, self.lse, other.out, other.lse):
+            return
         merged = merge(self, other)
         self.out.copy_(merged.out)
         self.lse.copy_(merged.lse)
-
-
-def _on_cpu_without_gaps(state: AttentionState) -> bool:
-    """Whether each query has seen a key, where it costs no wait for a device to know.
-
-    Then what the states hold needs no masks, and merging passes over `out` once instead of six
-    times: 2,048 queries of 8 heads of 64 take 0.8 ms instead of 8.
-    """
-    return state.lse.is_cpu and state.lse.numel() > 0 and _is_finite(state.lse.min())
-
-
-def _is_finite(value: Tensor) -> bool:
-    return -torch.inf < float(value) < torch.inf
-
-
-def _weights(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """What share each of two states has in their merged one; not for two empty ones."""
-    difference = (first - second).unsqueeze(-1)
-    return torch.sigmoid(difference), torch.sigmoid(-difference)
 
 
 def merge(first: AttentionState, second: AttentionState) -> AttentionState:

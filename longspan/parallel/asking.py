@@ -1,6 +1,6 @@
 """Queries go to the keys' ranks and partial states come back: what pass-Q and tree share."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def _send(
 ) -> tuple[Wait, Iterable[tuple[Question, Tensor]]]:
     """One message to each rank of `out`, and one from each of `come` with room made by `empty`."""
     sends = [
-        (peer, torch.cat([parts[question] for question in questions]))
+        (peer, _joined([parts[question] for question in questions]))
         for peer, questions in out.items()
     ]
     receives: list[Message] = []
@@ -93,3 +93,7 @@ def _send(
         receives.append((peer, message))
         received += zip(questions, torch.split(message, sizes), strict=True)
     return layer.send(label, sends, receives), received
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)

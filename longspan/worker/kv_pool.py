@@ -36,6 +36,8 @@ class KVPool:
             else torch.empty(shape, dtype=dtype, device=device)
         )
 
+        self._planes = [layer.unbind() for layer in self.data]
+
     def slots(self, extents: Sequence[Extent], first: int, last: int) -> Tensor:
         """The slots [last - first] of tokens first .. last - 1 of a request's share."""
         ranges = self.ranges(extents, first, last)
@@ -43,7 +45,7 @@ class KVPool:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [T, G, D] into slots [T] of one layer."""
-        for pool, tensor in zip(self.data[layer], (k, v), strict=True):
+        for pool, tensor in zip(self._planes[layer], (k, v), strict=True):
             pool.index_copy_(1, slots, encode(tensor, pool.dtype).transpose(0, 1))
 
     def ranges(self, extents: Sequence[Extent], first: int, last: int) -> list[slice]:

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longspan.attention import absorb
 from longspan.attention.reference import attention
 from longspan.attention.state import AttentionState, merge
 
@@ -194,13 +195,39 @@ def test_every_tree_of_merges_gives_the_same_state() -> None:
         assert_close(merge(merge(merge(a, b), c), d), whole)
 
 
-def test_absorb_is_merge_in_place_also_through_a_view_of_some_rows() -> None:
+@pytest.fixture(params=["compiled", "without a compiler"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "without a compiler":
+        monkeypatch.setattr(absorb, "library", lambda source: None)
+
+
+def random_state(tokens: int, empty_part: float) -> AttentionState:
+    state = AttentionState(torch.randn(tokens, HEADS, HEAD_DIM), 9 * torch.randn(tokens, HEADS))
+    nothing = torch.rand(tokens, HEADS) < empty_part
+    state.lse.masked_fill_(nothing, -math.inf)
+    state.out.masked_fill_(nothing.unsqueeze(-1), math.nan)
+    return state
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("empty_part", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("tokens", [1, 7, 40_000])
+def test_absorb_is_merge_in_place(tokens: int, empty_part: float) -> None:
+    torch.manual_seed(tokens)
+    state, other = random_state(tokens, empty_part), random_state(tokens, empty_part)
+    expected = merge(state, other)
+    state.absorb(other)
+    assert_close(defined(state), expected)
+
+
+@pytest.mark.usefixtures("way")
+def test_absorb_takes_some_rows_and_states_as_they_travel() -> None:
     torch.manual_seed(0)
-    state = AttentionState(torch.randn(5, HEADS, HEAD_DIM), torch.randn(5, HEADS))
-    other = AttentionState(torch.randn(2, HEADS, HEAD_DIM), torch.randn(2, HEADS))
+    state, other = random_state(5, 0.0), random_state(2, 0.0)
+    packed = torch.cat((other.out, other.lse.unsqueeze(-1)), dim=-1)
     before = AttentionState(state.out.clone(), state.lse.clone())
-    state[1:3].absorb(other)
-    assert_equal(state[1:3], merge(before[1:3], other))
+    state[1:3].absorb(AttentionState(packed[..., :-1], packed[..., -1]))
+    assert_close(state[1:3], merge(before[1:3], other))
     assert_equal(state[:1], before[:1])
     assert_equal(state[3:], before[3:])
 
