@@ -40,8 +40,9 @@ demo: install
 
 # Not part of the tests: takes minutes each, and wants a machine that does nothing else.
 # One of them: `make bench-growth`; its options: `make bench-growth ARGS='--repeats 5'`.
-bench: bench-attention bench-elasticity bench-generate bench-growth bench-hosts bench-needle \
-	bench-scheduling bench-serving bench-simulate bench-strategies bench-transport
+bench: bench-attention bench-elasticity bench-generate bench-growth bench-hosts bench-memory \
+	bench-needle bench-scaling bench-scheduling bench-serving bench-simulate bench-strategies \
+	bench-transport
 
 # Beside vLLM and transformers; makes an environment for vLLM first. A quick look, some minutes:
 # `make bench-peers ARGS='--lengths 4096 --batches 1 --dtypes float32'`.

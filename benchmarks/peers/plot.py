@@ -41,10 +41,12 @@ def _draw_ttft(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             for row in rows
             if row["engine"] == name and row["ttft_s"] is not None
         ]
-        lengths, seconds = zip(*points, strict=True)
-        axes.plot(lengths, seconds, "o-", color=COLORS.get(name), label=NAMES.get(name, name))
+        axes.plot(
+            *zip(*points, strict=True), "o-", color=COLORS.get(name), label=NAMES.get(name, name)
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    lengths = sorted({row["prompt_tokens"] for row in rows})
     axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
     axes.set_xlabel("prompt tokens")
     axes.grid(True, which="both", alpha=0.3)
@@ -63,7 +65,8 @@ def _draw_rates(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             if row["engine"] == name
         }
         places = [i + (offset - (len(names) - 1) / 2) * width for i in range(len(groups))]
-        axes.bar(places, [rates[group] for group in groups], width, color=COLORS.get(name))
+        heights = [rates.get(group, 0) for group in groups]
+        axes.bar(places, heights, width, color=COLORS.get(name))
     labels = [f"batch {batch}\n{length // 1024}K" for batch, length in groups]
     axes.set_xticks(range(len(groups)), labels)
     axes.set_yscale("log")
