@@ -11,22 +11,23 @@ high-water marks of resident memory, from after the model was loaded. The formul
     they are and rotated, and the state; with several ranks also two blocks of one layer's keys of
     another rank, on their way round the ring
 
-    python benchmarks/memory.py [--tokens 65536] [--ranks 1 2] [--output FILE]
+    python benchmarks/memory.py [--tokens 65536] [--ranks 1 2] [--layers 8] [--output FILE]
 """
 
 import argparse
+import os
 import random
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-from common import build_model, finish, one_thread_each, print_table, random_tokens, verdict
+from common import build_model, finish, print_table, random_tokens, verdict
 
 from longspan import LLM, SamplingParams
 
-SIZES = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2}
-TINY = {**SIZES, "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
+TINY = {**HEADS, "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64}
 MIB = 1 << 20
 FLOAT = 4
 CHUNK = 2048
@@ -34,6 +35,7 @@ CHUNK = 2048
 
 def peaks(model: Path, ranks: int, tokens: int, prompt: int) -> list[int]:
     """Of each rank, in bytes, while a prompt is computed and one token drawn."""
+    os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // ranks, 1))
     llm = LLM(
         str(model),
         context_parallel_size=ranks,
@@ -93,14 +95,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    one_thread_each()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         tiny, model = Path(folder) / "tiny", Path(folder) / "model"
         build_model(tiny, **TINY)
-        sizes = build_model(model, **SIZES)
+        sizes = build_model(model, num_hidden_layers=options.layers, **HEADS)
         for ranks in options.ranks:
             base = max(peaks(tiny, ranks, 2048, 64))
             parts = formula(sizes, ranks, options.tokens)

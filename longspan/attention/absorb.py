@@ -1,6 +1,6 @@
 """Merging states in place on CPU, in one pass, where there is a compiler."""
 
-import ctypes
+from ctypes import c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -29,15 +29,21 @@ def absorb(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> bo
         or other_lse.stride(0) != heads * lse_row
     ):
         return False
-    kernels.longspan_absorb(
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_void_p(lse.data_ptr()),
-        ctypes.c_void_p(other_out.data_ptr()),
-        ctypes.c_int64(other_row),
-        ctypes.c_void_p(other_lse.data_ptr()),
-        ctypes.c_int64(lse_row),
-        ctypes.c_int64(rows),
-        ctypes.c_int64(out.shape[2]),
+    kernel = kernels.longspan_absorb
+    kernel.argtypes = _ARGUMENTS
+    kernel(
+        out.data_ptr(),
+        lse.data_ptr(),
+        other_out.data_ptr(),
+        other_row,
+        other_lse.data_ptr(),
+        lse_row,
+        rows,
+        out.shape[2],
         torch.get_num_threads() if out.numel() >= PARALLEL_NUMBERS else 1,
     )
     return True
+
+
+_ARGUMENTS = (*[c_void_p] * 3, c_int64, c_void_p, *[c_int64] * 3, c_int)
+"""As in `csrc/attention.cpp`."""

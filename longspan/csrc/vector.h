@@ -41,7 +41,7 @@ inline void store(float* p, Vector x) { *reinterpret_cast<Unaligned*>(p) = x; }
 // Keeps the compiler from loading the same number again for each use.
 inline Vector in_register(Vector x) {
 #if defined(__x86_64__)
-    asm("" : "+x"(x));
+    asm("" : "+v"(x));
 #endif
     return x;
 }

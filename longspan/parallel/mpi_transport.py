@@ -1,6 +1,5 @@
 """Tensors between ranks over MPI: through shared memory, where ranks share a host."""
 
-import ctypes
 import time
 from collections.abc import Iterator, Sequence
 
@@ -20,9 +19,6 @@ SPIN_SECONDS = 100e-6
 SLEEP_PART = 0.05
 """How long it then sleeps between two questions, as part of what it has waited already."""
 MAX_SLEEP_SECONDS = 1e-3
-_SET_TIMER_SLACK = 29
-_TIMER_SLACK = 1000
-"""Nanoseconds by which Linux may be late to end a sleep; by default it is 50 microseconds."""
 MAX_BYTES = 1 << 30
 """The most of one message: a system call copies less than 2 GiB."""
 
@@ -40,7 +36,6 @@ class MPITransport(Transport):
         topology = topology or Topology.of_hosts([communicator.size])
         super().__init__(communicator.rank, topology)
         self._communicator = communicator
-        ctypes.CDLL(None).prctl(_SET_TIMER_SLACK, _TIMER_SLACK, 0, 0, 0)  # of this thread
 
     def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Wait:
         # Sends first: a receive whose message is there already takes the time to copy it.

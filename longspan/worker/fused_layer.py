@@ -9,7 +9,8 @@ Shapes: T rows, N numbers of a row, H query heads, G key/value heads, D head siz
 """
 
 import ctypes
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,55 +49,78 @@ class _Layer(ctypes.Structure):
     )
 
 
-class _Unlike(Exception):
-    """The layer has something that the fused one has not."""
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = {
+    "before": (*[_POINTER] * 4, _NUMBER, *[_POINTER] * 3, _NUMBER, ctypes.c_int),
+    "after": (*[_POINTER] * 4, _NUMBER, ctypes.c_int),
+}
+"""As in `csrc/layer.cpp`."""
 
 
 class FusedLayer:
     """Takes the place of a layer's `forward` for steps of at most `MOST_ROWS` rows."""
 
-    def __init__(self, layer: nn.Module, kernels: ctypes.CDLL, *, rotates: bool) -> None:
+    def __init__(self, layer: Any, kernels: ctypes.CDLL, *, rotates: bool) -> None:
         self.forward = layer.forward
         self.rotates = rotates
         parts = _parts(layer)
-        attention: Any = layer.self_attn
-        self.index: int = attention.layer_idx
+        self.index: int = layer.self_attn.layer_idx
         self._kept: list[Tensor] = []  # what the structure points to
-        self._layer = self._structure(parts, attention.head_dim)
-        dtype = parts["q"].weight.dtype
-        self._before = getattr(kernels, f"longspan_before_{str(dtype).removeprefix('torch.')}")
-        self._after = getattr(kernels, f"longspan_after_{str(dtype).removeprefix('torch.')}")
+        self._layer = self._structure(parts, layer.self_attn.head_dim)
+        self.dtype: torch.dtype = parts["q"].weight.dtype
+        self._before = _kernel(kernels, "before", self.dtype)
+        self._after = _kernel(kernels, "after", self.dtype)
         weights = sum(parts[name].weight.numel() for name in _PROJECTIONS)
         self._is_parallel = weights >= PARALLEL_WEIGHTS
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """hidden_states [1, T, N] -> [1, T, N], of the same dtype."""
-        step, positions = kwargs.get("step"), kwargs.get("position_embeddings")
-        batch, rows, _ = hidden_states.shape
-        if step is None or positions is None or args or batch != 1 or not 0 < rows <= MOST_ROWS:
+        if args or not self._takes(hidden_states, **kwargs):
             return self.forward(hidden_states, *args, **kwargs)
         x, layer = hidden_states.contiguous(), self._layer
-        cos, sin = (table.to(x.dtype).contiguous() for table in positions)
-        threads = ctypes.c_int(torch.get_num_threads() if self._is_parallel else 1)
+        cos, sin = (table.to(x.dtype).contiguous() for table in kwargs["position_embeddings"])
+        rows = x.shape[1]
+        threads = torch.get_num_threads() if self._is_parallel else 1
         q = x.new_empty(rows, layer.heads, layer.head_dim)
-        k, v = x.new_empty(2, rows, layer.kv_heads, layer.head_dim)
+        k, v = x.new_empty(2, rows, layer.kv_heads, layer.head_dim).unbind()
         self._before(
-            ctypes.byref(layer),
-            *map(_address, (x, cos, sin)),
-            ctypes.c_int64(cos.shape[-1] if self.rotates else 0),
-            *map(_address, (q, k, v)),
-            ctypes.c_int64(rows),
+            ctypes.addressof(layer),
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.shape[-1] if self.rotates else 0,
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            rows,
             threads,
         )
-        attention = step.attend(self.index, q, k, v)
+        attention: Tensor = kwargs["step"].attend(self.index, q, k, v)
         out = torch.empty_like(x)
         self._after(
-            ctypes.byref(layer),
-            *map(_address, (attention, x, out)),
-            ctypes.c_int64(rows),
+            ctypes.addressof(layer),
+            attention.data_ptr(),
+            x.data_ptr(),
+            out.data_ptr(),
+            rows,
             threads,
         )
         return out
+
+    def _takes(
+        self, x: Tensor, step: Any = None, position_embeddings: Any = None, **_: Any
+    ) -> bool:
+        batch, rows, hidden = x.shape
+        if step is None or position_embeddings is None or x.dtype != self.dtype:
+            return False
+        table = position_embeddings[0]
+        return (
+            batch == 1
+            and 0 < rows <= MOST_ROWS
+            and hidden == self._layer.hidden
+            and table.shape[:-1] == (1, rows)
+            and table.shape[-1] <= self._layer.head_dim
+        )
 
     def _structure(self, parts: dict[str, Any], head_dim: int) -> _Layer:
         linears = {name: self._linear(parts[name]) for name in _PROJECTIONS}
@@ -132,24 +156,26 @@ def fuse_layers(model: nn.Module) -> int:
     kernels = library(_SOURCE)
     if kernels is None:
         return 0
+    alike = [module for module in model.modules() if _is_alike(module)]
     found: list[tuple[nn.Module, FusedLayer]] = []
 
     def compare(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
         for rotates in (True, False):
             fused = FusedLayer(layer, kernels, rotates=rotates)
-            if _is_same(fused(*args, **kwargs), output, args[0]):
+            if fused._takes(x, **kwargs) and _is_same(fused(*args, **kwargs), output, x):
                 found.append((layer, fused))
                 return
 
-    alike = [module for module in model.modules() if _is_alike(module)]
     hooks = [layer.register_forward_hook(compare, with_kwargs=True) for layer in alike]
     try:
-        _run(model)
+        if alike:
+            _run(model)
     finally:
         for hook in hooks:
             hook.remove()
     for layer, fused in found:
-        layer.forward = fused  # type: ignore[method-assign]
+        layer.forward = fused
     return len(found)
 
 
@@ -178,16 +204,30 @@ def _is_same(found: Any, expected: Any, x: Tensor) -> bool:
     return bool(error <= _TOLERANCE[x.dtype] * added + rounding)
 
 
-def _is_alike(layer: nn.Module) -> bool:
-    try:
-        _parts(layer)
-    except _Unlike:
+def _is_alike(layer: Any) -> bool:
+    """Whether a layer has the parts and the weights of Llama's, of sizes that fit each other."""
+    parts = _parts(layer)
+    attention = getattr(layer, "self_attn", None)
+    if not all(isinstance(part, nn.Module) for part in parts.values()):
         return False
-    return True
+    if not all(isinstance(getattr(part, "weight", None), Tensor) for part in parts.values()):
+        return False
+    if not all(
+        isinstance(getattr(attention, name, None), int) for name in ("head_dim", "layer_idx")
+    ):
+        return False
+    owned = {id(weight) for part in parts.values() for weight in part.parameters()}
+    dtypes = {part.weight.dtype for part in parts.values()}
+    return (
+        owned == {id(weight) for weight in layer.parameters()}
+        and len(dtypes) == 1
+        and dtypes <= _TOLERANCE.keys()
+        and _sizes_fit(parts, attention.head_dim)
+    )
 
 
-def _parts(layer: nn.Module) -> dict[str, Any]:
-    """The parts of a layer that looks like Llama's, by the names that `csrc/layer.cpp` has."""
+def _parts(layer: Any) -> dict[str, Any]:
+    """The parts of a layer like Llama's, by the names that `csrc/layer.cpp` has for them."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     found = {
         **{name: getattr(attention, f"{name}_proj", None) for name in ("q", "k", "v", "o")},
@@ -195,31 +235,38 @@ def _parts(layer: nn.Module) -> dict[str, Any]:
         "norm1": getattr(layer, "input_layernorm", None),
         "norm2": getattr(layer, "post_attention_layernorm", None),
     }
-    found |= {
-        name: norm
-        for name in ("q_norm", "k_norm")
-        if (norm := getattr(attention, name, None)) is not None
+    optional = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm")}
+    return found | {name: norm for name, norm in optional.items() if norm is not None}
+
+
+def _sizes_fit(parts: dict[str, Any], head_dim: int) -> bool:
+    if not all(isinstance(parts[name], nn.Linear) for name in _PROJECTIONS):
+        return False
+    norms = [name for name in _NORMS if name in parts]
+    if not all(isinstance(getattr(parts[name], "variance_epsilon", None), float) for name in norms):
+        return False
+    hidden = parts["q"].in_features
+    shapes = {name: tuple(part.weight.shape) for name, part in parts.items()}
+    queries, keys, inner = (shapes[name][0] for name in ("q", "k", "gate"))
+    expected = {
+        "q": (queries, hidden),
+        "k": (keys, hidden),
+        "v": (keys, hidden),
+        "o": (hidden, queries),
+        "gate": (inner, hidden),
+        "up": (inner, hidden),
+        "down": (hidden, inner),
+        **{name: (hidden,) if name in ("norm1", "norm2") else (head_dim,) for name in norms},
     }
-    if not all(isinstance(part, nn.Module) for part in found.values()):
-        raise _Unlike
-    owned = {id(weight) for part in found.values() for weight in part.parameters()}
-    if owned != {id(weight) for weight in layer.parameters()}:
-        raise _Unlike
-    if not all(_fits(name, part) for name, part in found.items()):
-        raise _Unlike
-    return found
-
-
-def _fits(name: str, part: Any) -> bool:
-    weight = getattr(part, "weight", None)
+    lengths = {shape[-1] for shape in expected.values()}
     return (
-        isinstance(weight, Tensor)
-        and weight.dtype in _TOLERANCE
-        and weight.shape[-1] % INPUTS_MULTIPLE == 0
-        and (isinstance(part, nn.Linear) if name in _PROJECTIONS else weight.ndim == 1)
-        and (name in _PROJECTIONS or hasattr(part, "variance_epsilon"))
+        shapes == expected
+        and queries % head_dim == keys % head_dim == 0
+        and all(length % INPUTS_MULTIPLE == 0 for length in lengths)
     )
 
 
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _kernel(kernels: ctypes.CDLL, name: str, dtype: torch.dtype) -> Callable[..., None]:
+    kernel = getattr(kernels, f"longspan_{name}_{str(dtype).removeprefix('torch.')}")
+    kernel.argtypes, kernel.restype = _ARGUMENTS[name], None
+    return cast(Callable[..., None], kernel)

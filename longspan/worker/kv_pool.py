@@ -8,6 +8,7 @@ from torch import Tensor
 from longspan.attention.kv_format import encode, row_length
 from longspan.plan import Extent
 from longspan.worker import huge_pages
+from longspan.worker.scatter import scatter
 
 
 class KVPool:
@@ -46,7 +47,7 @@ class KVPool:
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [T, G, D] into slots [T] of one layer."""
         for pool, tensor in zip(self._planes[layer], (k, v), strict=True):
-            pool.index_copy_(1, slots, encode(tensor, pool.dtype).transpose(0, 1))
+            scatter(pool, slots, encode(tensor, pool.dtype))
 
     def ranges(self, extents: Sequence[Extent], first: int, last: int) -> list[slice]:
         """Where tokens first .. last - 1 of a request's share lie, as ranges of slots."""

@@ -1,6 +1,7 @@
 """One rank's model, pool and kernel: runs the steps that it is given."""
 
 import os
+import threading
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ from longspan.worker.probe import probe
 from longspan.worker.sampler import sample
 from longspan.worker.step import Step
 
+# While it loads a model, transformers replaces functions of its own and of PyTorch's. If two
+# threads load at once, what one has put there stays: tied weights are then never tied again.
+_LOADING = threading.Lock()
+
 
 class ModelRunner:
     """Loads the model whole and serves plans.
@@ -41,13 +46,14 @@ class ModelRunner:
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self.kernel = kernel_for(device)
         hf_attention.register()
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=self.dtype,
-            attn_implementation=hf_attention.NAME,
-        )
+        with _LOADING:
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=self.dtype,
+                attn_implementation=hf_attention.NAME,
+            )
         self.model = model.eval().to(device)
         if device.type == "cpu":
             move_weights(self.model)
