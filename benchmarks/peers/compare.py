@@ -21,8 +21,9 @@ long. `continuous` is transformers' `generate_batch`.
         [--dtypes float32 bfloat16] [--lengths 4096 16384 32768] [--batches 1 8] [--pairs 3]
         [--threads 2] [--save]
 
-`--save` writes benchmarks/results/peers-MACHINE.json and docs/peers.png. A quick look, which takes
-some minutes: --lengths 4096 --batches 1 --dtypes float32. The last line is one JSON document.
+`--save` writes benchmarks/results/peers-MACHINE.json and docs/peers.png; what an earlier run has
+measured of other dtypes, lengths and batches stays. A quick look, which takes some minutes:
+--lengths 4096 --batches 1 --dtypes float32. The last line is one JSON document.
 """
 
 import argparse
@@ -271,18 +272,29 @@ def main() -> None:
     judged = judge(rows)
     if judged:
         print_table(judged)
-    slug = re.sub("[^a-z0-9]+", "-", machine().lower()).strip("-")
-    result = ROOT / "benchmarks" / "results" / f"peers-{slug}.json"
+    result = ROOT / "benchmarks" / "results" / f"peers-{_slug(machine())}.json"
+    if options.save:
+        rows = _with_earlier(rows, result)
+        save_plot(rows, machine(), ROOT / "docs" / "peers.png")
     more = {
         "threads": options.threads,
-        "pairs": options.pairs,
         "peers": {"vllm": environment.VLLM, "preloaded": environment.preloaded()},
         "load_before": load,
-        "verdicts": judged,
+        "verdicts": judge(rows),
     }
     finish("peers", rows, result if options.save else None, **more)
-    if options.save:
-        save_plot(rows, machine(), ROOT / "docs" / "peers.png")
+
+
+def _slug(text: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _with_earlier(rows: list[Row], result: Path) -> list[Row]:
+    """These rows, after those of cells that only an earlier run has measured."""
+    earlier = json.loads(result.read_text())["rows"] if result.exists() else []
+    cells = {(row["dtype"], row["prompt_tokens"], row["batch"]) for row in rows}
+    kept = [r for r in earlier if (r["dtype"], r["prompt_tokens"], r["batch"]) not in cells]
+    return kept + rows
 
 
 if __name__ == "__main__":

@@ -24,11 +24,13 @@ class Native:
             dtype: getattr(library, f"longspan_attend_{str(dtype).removeprefix('torch.')}")
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)
         }
+        for attend in self._attend.values():
+            attend.argtypes, attend.restype = _ARGUMENTS, None
 
     def __call__(
         self, state: AttentionState, q: Tensor, kv: Tensor, work: Work, *, scale: float
     ) -> None:
-        if len(work.table) == 0:
+        if not work.tables:
             return
         q = q.float()
         if q.stride(2) != 1:
@@ -39,16 +41,21 @@ class Native:
         strides = (state.out.stride(0), state.lse.stride(0), *q.stride()[:2])
         strides += (*k.stride()[:2], *v.stride()[:2])
         shape = (k.shape[0], q.shape[1] // k.shape[0], q.shape[2])
-        self._attend[kv.dtype](
-            *map(_address, (state.out, state.lse, q, k, v)),
+        tensors = (state.out, state.lse, q, k, v)
+        arguments = (
+            *(tensor.data_ptr() for tensor in tensors),
             (ctypes.c_int64 * 8)(*strides),
             (ctypes.c_int64 * 3)(*shape),
-            ctypes.c_float(scale),
-            _address(work.table),
-            ctypes.c_int64(len(work.table)),
-            torch.get_num_threads(),
+            scale,
         )
+        attend, threads = self._attend[kv.dtype], torch.get_num_threads()
+        for table in work.tables:
+            attend(*arguments, table.data_ptr(), len(table), threads)
 
 
-def _address(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+_POINTER, _NUMBERS = ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)
+_ARGUMENTS = (
+    *([_POINTER] * 5),
+    *(_NUMBERS, _NUMBERS, ctypes.c_float, _POINTER, ctypes.c_int64, ctypes.c_int),
+)
+"""As in `csrc/attention.cpp`."""

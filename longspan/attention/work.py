@@ -55,6 +55,13 @@ class Share(NamedTuple):
                 start, stop = start - length, stop - length
 
 
+MIN_SHARED_KEYS = 64
+"""Fewer are read again for each query sooner than they are brought into one place for all."""
+
+Item = tuple[int, int, int, int, int]
+"""First row, rows, first key, keys, whether causal."""
+
+
 @dataclass(frozen=True)
 class Work:
     """Shares that one call of a kernel computes; the same in every layer of a step."""
@@ -62,11 +69,41 @@ class Work:
     shares: Sequence[Share]
 
     @cached_property
-    def table(self) -> Tensor:
-        """The placed tiles, int64 [N, 5]: first row, rows, first key, keys, whether causal."""
-        rows = [
+    def tables(self) -> list[Tensor]:
+        """The placed tiles as tables of items, int64 [N, 5], to be merged one after the other.
+
+        Where requests decode side by side that begin with the same pages, the first table has
+        those once for all of them (as in arXiv 2402.05099): keys are read once, not once each.
+        """
+        items = [
             (r.start, r.stop - r.start, k.start, k.stop - k.start, int(causal))
             for share in self.shares
             for r, k, causal in share.placed()
         ]
-        return torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+        shared = list(_shared(items))
+        rest = set(_single(shared))
+        own = [item for item in items if item not in rest]
+        return [torch.tensor(table, dtype=torch.int64) for table in (shared, own) if table]
+
+
+def _shared(items: Sequence[Item]) -> Iterator[Item]:
+    """Runs of neighbouring rows that see the same keys, each as one item."""
+    rows_of: dict[tuple[int, int], list[int]] = {}
+    for row, rows, key, keys, _ in items:
+        if rows == 1 and keys >= MIN_SHARED_KEYS:
+            rows_of.setdefault((key, keys), []).append(row)
+    for (key, keys), rows in rows_of.items():
+        first, last = rows[0], rows[0] - 1
+        for row in (*rows, -1):
+            if row != last + 1:
+                if last > first:
+                    yield first, last - first + 1, key, keys, 0
+                first = row
+            last = row
+
+
+def _single(shared: Sequence[Item]) -> Iterator[Item]:
+    """The items that shared ones stand for."""
+    for first, rows, key, keys, _ in shared:
+        for row in range(first, first + rows):
+            yield row, 1, key, keys, 0

@@ -1,14 +1,17 @@
 """Queries go to the keys' ranks and partial states come back: what pass-Q and tree share."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from longspan.attention.state import AttentionState
-from longspan.parallel.exchange import Job, LayerExchange
+from longspan.parallel.exchange import Job, LayerExchange, joined
 from longspan.parallel.routes import Question, Route, Routes
-from longspan.parallel.transport import Message, Wait
+from longspan.parallel.transport import Wait
+
+States = dict[int, AttentionState]
+"""By the rank that asks or is asked: of all its questions, one after the other."""
 
 
 def ask(layer: LayerExchange, label: str, routes: Routes) -> Job:
@@ -17,83 +20,83 @@ def ask(layer: LayerExchange, label: str, routes: Routes) -> Job:
     A gateway relays what it is asked from other hosts and answers with the merged state of its
     host. Without gateways two of the four exchanges are empty, and an empty one isn't made.
     """
-    own = {(layer.exchange.rank, index): q for index, q in enumerate(layer.queries)}
+    own = dict(zip(layer.exchange.own_questions, layer.queries, strict=True))
     wait, asked = _queries(layer, label, own, routes.asks, routes.asked)
     yield
     wait()
-    wait, relayed = _queries(layer, label, asked, routes.relays, routes.relayed)
-    answers = _answers(layer, asked)
+    others = {
+        question: q
+        for peer, message in asked.items()
+        for question, q in _split(layer, routes.asked[peer], message)
+    }
+    wait, relayed = _queries(layer, label, others, routes.relays, routes.relayed)
+    answers = _answers(layer, asked, routes.asked)
     wait()
-    wait, partial = _states(layer, label, _answers(layer, relayed), routes.relayed, routes.relays)
+    partial = _answers(layer, relayed, routes.relayed)
+    wait, found = _states(layer, label, partial, routes.relays)
     wait()
-    for question, state in partial:
-        answers[question].absorb(state)
-    wait, answered = _states(layer, label, answers, routes.asked, routes.asks)
-    states = layer.empty_states()
-    layer.absorb_own(states)
+    given = dict(_parts(layer, answers, routes.asked)) if found else {}
+    for question, state in _parts(layer, found, routes.relays):
+        given[question].absorb(state)
+    wait, found = _states(layer, label, answers, routes.asks)
+    state = layer.empty_own_state()
+    states = layer.own_parts(state)
+    layer.absorb_own(state)
     wait()
-    for (_, index), state in answered:
-        states[index].absorb(state)
+    for peer, answer in found.items():
+        if len(answer.lse) == len(state.lse):
+            state.absorb(answer)
+        else:
+            for (_, index), part in _parts(layer, {peer: answer}, routes.asks):
+                states[index].absorb(part)
     return states
 
 
-def _answers(
-    layer: LayerExchange, questions: Mapping[Question, Tensor]
-) -> dict[Question, AttentionState]:
+def _answers(layer: LayerExchange, messages: Mapping[int, Tensor], route: Route) -> States:
     """Partial states of others' queries over this rank's keys."""
     answers = {}
-    for (rank, index), q in questions.items():
-        answers[rank, index] = state = layer.empty_state(len(q))
-        layer.attend(index, state, q, rank)
+    for peer, q in messages.items():
+        answers[peer] = layer.empty_state(len(q))
+        layer.attend(answers[peer], q, route[peer])
     return answers
+
+
+def _parts(
+    layer: LayerExchange, states: States, route: Route
+) -> Iterator[tuple[Question, AttentionState]]:
+    for peer, state in states.items():
+        yield from zip(route[peer], layer.parts(state, route[peer]), strict=True)
 
 
 def _queries(
     layer: LayerExchange, label: str, queries: Mapping[Question, Tensor], out: Route, come: Route
-) -> tuple[Wait, dict[Question, Tensor]]:
+) -> tuple[Wait, dict[int, Tensor]]:
     """Start to send queries [T, H, D]; those that come are filled after the wait."""
-    wait, parts = _send(layer, label, queries, out, come, layer.empty_queries)
-    return wait, dict(parts)
-
-
-def _states(
-    layer: LayerExchange,
-    label: str,
-    states: Mapping[Question, AttentionState],
-    out: Route,
-    come: Route,
-) -> tuple[Wait, list[tuple[Question, AttentionState]]]:
-    """Start to send states as [T, H, D + 1]; those that come are filled after the wait."""
-    packed = {
-        question: torch.cat((state.out, state.lse.unsqueeze(-1)), dim=-1)
-        for question, state in states.items()
-    }
-    wait, parts = _send(layer, label, packed, out, come, layer.empty_packed_states)
-    return wait, [(question, AttentionState(p[..., :-1], p[..., -1])) for question, p in parts]
-
-
-def _send(
-    layer: LayerExchange,
-    label: str,
-    parts: Mapping[Question, Tensor],
-    out: Route,
-    come: Route,
-    empty: Callable[[int], Tensor],
-) -> tuple[Wait, Iterable[tuple[Question, Tensor]]]:
-    """One message to each rank of `out`, and one from each of `come` with room made by `empty`."""
     sends = [
-        (peer, _joined([parts[question] for question in questions]))
+        (peer, joined([queries[question] for question in questions]))
         for peer, questions in out.items()
     ]
-    receives: list[Message] = []
-    received: list[tuple[Question, Tensor]] = []
-    for peer, questions in come.items():
-        sizes = [layer.exchange.num_queries(index, rank) for rank, index in questions]
-        message = empty(sum(sizes))
-        receives.append((peer, message))
-        received += zip(questions, torch.split(message, sizes), strict=True)
-    return layer.send(label, sends, receives), received
+    found = {peer: layer.empty_queries(_size(layer, asked)) for peer, asked in come.items()}
+    return layer.send(label, sends, list(found.items())), found
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+def _states(layer: LayerExchange, label: str, states: States, come: Route) -> tuple[Wait, States]:
+    """Start to send states as [T, H, D + 1]; those that come are filled after the wait."""
+    sends = [
+        (peer, torch.cat((state.out, state.lse.unsqueeze(-1)), dim=-1))
+        for peer, state in states.items()
+    ]
+    room = {peer: layer.empty_packed_states(_size(layer, asked)) for peer, asked in come.items()}
+    found = {peer: AttentionState(x[..., :-1], x[..., -1]) for peer, x in room.items()}
+    return layer.send(label, sends, list(room.items())), found
+
+
+def _size(layer: LayerExchange, questions: Sequence[Question]) -> int:
+    return sum(layer.exchange.num_queries(index, rank) for rank, index in questions)
+
+
+def _split(
+    layer: LayerExchange, questions: Sequence[Question], message: Tensor
+) -> Iterator[tuple[Question, Tensor]]:
+    sizes = [layer.exchange.num_queries(index, rank) for rank, index in questions]
+    return zip(questions, torch.split(message, sizes), strict=True)

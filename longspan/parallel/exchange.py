@@ -11,7 +11,7 @@ from longspan.attention.kernel import Kernel
 from longspan.attention.state import AttentionState
 from longspan.attention.work import MIN_VIEW_KEYS, Share, Work
 from longspan.parallel.ring import Ring
-from longspan.parallel.routes import Routes
+from longspan.parallel.routes import Question, Routes
 from longspan.parallel.tiles import tiles
 from longspan.parallel.transport import Message, Transport, Wait
 from longspan.plan import Segment
@@ -40,7 +40,8 @@ class Exchange:
         self.ranges = ranges
         self.transport = transport
         self.rank = transport.rank
-        self._work: dict[tuple[int, int, int], Work] = {}
+        self._work: dict[tuple[int, int], Work] = {}
+        self._works: dict[tuple[Question, ...], Work] = {}
         self._seeing: dict[tuple[int, int], list[int]] = {}
         self._slots: dict[int, Tensor] = {}
 
@@ -89,14 +90,31 @@ class Exchange:
         """How many tokens' keys of some segments a rank has."""
         return sum(self.num_keys(index, rank) for index in indices)
 
-    def work(self, index: int, queries_on: int, keys_on: int) -> Work:
-        """One segment's queries of one rank over its keys of another, which travel or lie here."""
-        key = (index, queries_on, keys_on)
+    @cached_property
+    def own_questions(self) -> list[Question]:
+        """This rank's queries of all segments, as they lie one after the other."""
+        return [(self.rank, index) for index in range(len(self.segments))]
+
+    def work_here(self, questions: Sequence[Question]) -> Work:
+        """Queries that lie one after the other over this rank's keys of their segments."""
+        key = tuple(questions)
+        if key not in self._works:
+            shares, row = [], 0
+            for rank, index in questions:
+                segment = self.segments[index]
+                queries, keys = segment.shard(rank), segment.shard(self.rank)
+                if queries.num_queries and keys.num_keys:
+                    shares.append(Share(row, tiles(queries, keys), self.ranges[index]))
+                row += queries.num_queries
+            self._works[key] = Work(shares)
+        return self._works[key]
+
+    def work_on_block(self, index: int, keys_on: int) -> Work:
+        """One segment's queries of this rank over its keys of another, which have travelled."""
+        key = (index, keys_on)
         if key not in self._work:
-            queries, keys = (self.segments[index].shard(rank) for rank in (queries_on, keys_on))
-            here = keys_on == self.rank
-            ranges = self.ranges[index] if here else [slice(0, keys.num_keys)]
-            self._work[key] = Work([Share(0, tiles(queries, keys), ranges)])
+            queries, keys = (self.segments[index].shard(rank) for rank in (self.rank, keys_on))
+            self._work[key] = Work([Share(0, tiles(queries, keys), [slice(0, keys.num_keys)])])
         return self._work[key]
 
     def copy_own(self, index: int, kv: Tensor, to: Tensor) -> None:
@@ -128,8 +146,22 @@ class LayerExchange:
     def send(self, label: str, sends: Sequence[Message], receives: Sequence[Message]) -> Wait:
         return self.exchange.transport.exchange(label, sends, receives)
 
-    def empty_states(self) -> list[AttentionState]:
-        return [self.empty_state(len(q)) for q in self.queries]
+    def parts(self, state: AttentionState, questions: Sequence[Question]) -> list[AttentionState]:
+        """A state of queries that lie one after the other, as views of each question's."""
+        parts, row = [], 0
+        for rank, index in questions:
+            end = row + self.exchange.num_queries(index, rank)
+            parts.append(state[row:end])
+            row = end
+        return parts
+
+    def empty_own_state(self) -> AttentionState:
+        """Of all of this rank's queries, one segment's after the other's."""
+        return self.empty_state(sum(len(q) for q in self.queries))
+
+    def own_parts(self, state: AttentionState) -> list[AttentionState]:
+        """Views of each segment's."""
+        return self.parts(state, self.exchange.own_questions)
 
     def empty_state(self, tokens: int) -> AttentionState:
         _, heads, head_dim = self.queries[0].shape
@@ -170,26 +202,22 @@ class LayerExchange:
         parts = dict(zip(indices, self._unpack(packed, indices, origin), strict=True))
         return torch.cat([parts[index].flatten() for index in rest])
 
-    def attend(self, index: int, state: AttentionState, q: Tensor, queries_on: int) -> None:
-        """Merge attention of one segment's queries of some rank over this rank's keys."""
-        work = self.exchange.work(index, queries_on, self.exchange.rank)
-        self.kernel(state, q, self.kv, work, scale=self.scale)
+    def attend(self, state: AttentionState, q: Tensor, questions: Sequence[Question]) -> None:
+        """Merge attention of some queries over this rank's keys, all in one call."""
+        self.kernel(state, q, self.kv, self.exchange.work_here(questions), scale=self.scale)
 
-    def absorb_own(self, states: Sequence[AttentionState]) -> None:
-        """Merge attention of this rank's queries over its own keys into `states`."""
-        rank = self.exchange.rank
-        for index in self.exchange.seeing(rank, rank):
-            self.attend(index, states[index], self.queries[index], rank)
+    def absorb_own(self, state: AttentionState) -> None:
+        """Merge attention of this rank's queries over its own keys into the state of all."""
+        self.attend(state, joined(self.queries), self.exchange.own_questions)
 
     def absorb_block(
         self, states: Sequence[AttentionState], block: Tensor, indices: Sequence[int], origin: int
     ) -> None:
         """Merge attention over another rank's packed keys of the segments `indices`."""
-        rank = self.exchange.rank
         for index, kv in zip(indices, self._unpack(block, indices, origin), strict=True):
             q = self.queries[index]
             if len(q):
-                work = self.exchange.work(index, rank, origin)
+                work = self.exchange.work_on_block(index, origin)
                 self.kernel(states[index], q, kv, work, scale=self.scale)
 
     def _unpack(self, packed: Tensor, indices: Sequence[int], origin: int) -> list[Tensor]:
@@ -200,3 +228,7 @@ class LayerExchange:
         return [
             part.view(2, kv_heads, count, row) for part, count in zip(parts, tokens, strict=True)
         ]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts))

@@ -20,8 +20,9 @@ def gather_kv(layer: LayerExchange) -> Job:
     ]
     wait = layer.send("gather_kv", sends, receives)
     yield
-    states = layer.empty_states()
-    layer.absorb_own(states)
+    state = layer.empty_own_state()
+    states = layer.own_parts(state)
+    layer.absorb_own(state)
     wait()
     for peer, block in receives:
         layer.absorb_block(states, block, exchange.seeing(rank, peer), peer)

@@ -19,7 +19,8 @@ def pass_kv(layer: LayerExchange) -> Job:
     """
     ring = layer.exchange.ring
     own = layer.exchange.rank
-    states = layer.empty_states()
+    state = layer.empty_own_state()
+    states = layer.own_parts(state)
     blocks: Mapping[int, Tensor] = {own: layer.pack_keys(ring.travellers(own, (0, 0)))}
     for lap in range(ring.num_hosts):
         wait_for_others, others = _hand_on(layer, blocks, (lap, 0), (lap + 1, 0))
@@ -27,7 +28,7 @@ def pass_kv(layer: LayerExchange) -> Job:
             wait, coming = _hand_on(layer, blocks, (lap, hop), (lap, hop + 1))
             if (lap, hop) == (0, 0):
                 yield
-                layer.absorb_own(states)
+                layer.absorb_own(state)
             else:
                 for origin, block in blocks.items():
                     indices = ring.travellers(origin, (lap, hop))

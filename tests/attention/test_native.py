@@ -16,7 +16,7 @@ from longspan.attention.kernel import Kernel, kernel_for
 from longspan.attention.kv_format import encode
 from longspan.attention.state import AttentionState
 from longspan.attention.tiled import Tiled
-from longspan.attention.work import Share, Tile, Work
+from longspan.attention.work import MIN_SHARED_KEYS, Share, Tile, Work
 from longspan.compiled import library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -145,6 +145,38 @@ def test_half_precision_is_widened(kernel: Kernel, dtype: torch.dtype, tokens: i
     ours = run(kernel, q, kv, whole(tokens, 300), 0.125)
     wide = run(kernel, q.float(), kv.float(), whole(tokens, 300), 0.125)
     assert_close(ours, wide)  # pairs of bfloat16 are summed in another order
+
+
+def decoding(prefix: int, tails: Sequence[int], stranger: int) -> tuple[Work, int]:
+    """One query for each tail, over the prefix and keys of its own; one of them has no prefix."""
+    shares, end = [], prefix + 5
+    for row, tail in enumerate(tails):
+        ranges = [slice(end, end + tail + 1)]
+        if row != stranger:
+            ranges.insert(0, slice(3, 3 + prefix))
+        keys = sum(r.stop - r.start for r in ranges)
+        shares.append(Share(row, [Tile(slice(0, 1), slice(0, keys), False)], ranges))
+        end += tail + 1
+    return Work(shares), end
+
+
+@pytest.mark.parametrize("stranger", [-1, 0, 2])
+@pytest.mark.parametrize("requests", [2, 3, 8, 40])
+@pytest.mark.parametrize("prefix", [10, 64, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_a_prefix_of_several_requests_is_read_once(
+    kernel: Kernel, dtype: torch.dtype, prefix: int, requests: int, stranger: int
+) -> None:
+    work, keys = decoding(prefix, [7 * row % 50 for row in range(requests)], stranger)
+    q, kv = random_inputs(requests, keys, (8, 2), 64)
+    kv = encode(kv, dtype)
+    expected = run(Tiled(reference.attention), q, kv, work, 0.125)
+    assert_close(run(kernel, q, kv, work, 0.125), expected)
+    read = sum(int(table[:, 3].sum()) for table in work.tables)
+    alone = sum(r.stop - r.start for share in work.shares for r in share.ranges)
+    runs = [size for size in (stranger, requests - stranger - 1) if size > 1]
+    shared = sum(size - 1 for size in (runs if stranger >= 0 else [requests]))
+    assert read == alone - (prefix * shared if prefix >= MIN_SHARED_KEYS else 0)
 
 
 def token_major(kv: Tensor) -> Tensor:
