@@ -30,7 +30,7 @@ def absorb(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> bo
     ):
         return False
     kernel = kernels.longspan_absorb
-    kernel.argtypes = _ARGUMENTS
+    kernel.argtypes = [*[c_void_p] * 3, c_int64, c_void_p, *[c_int64] * 3, c_int]
     kernel(
         out.data_ptr(),
         lse.data_ptr(),
@@ -43,7 +43,3 @@ def absorb(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> bo
         torch.get_num_threads() if out.numel() >= PARALLEL_NUMBERS else 1,
     )
     return True
-
-
-_ARGUMENTS = (*[c_void_p] * 3, c_int64, c_void_p, *[c_int64] * 3, c_int)
-"""As in `csrc/attention.cpp`."""

@@ -92,9 +92,9 @@ def _shared(items: Sequence[Item]) -> Iterator[Item]:
     for row, rows, key, keys, _ in items:
         if rows == 1 and keys >= MIN_SHARED_KEYS:
             rows_of.setdefault((key, keys), []).append(row)
-    for (key, keys), rows in rows_of.items():
-        first, last = rows[0], rows[0] - 1
-        for row in (*rows, -1):
+    for (key, keys), seeing in rows_of.items():
+        first = last = seeing[0]
+        for row in (*seeing[1:], -1):
             if row != last + 1:
                 if last > first:
                     yield first, last - first + 1, key, keys, 0

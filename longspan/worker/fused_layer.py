@@ -207,7 +207,7 @@ def _is_same(found: Any, expected: Any, x: Tensor) -> bool:
 def _is_alike(layer: Any) -> bool:
     """Whether a layer has the parts and the weights of Llama's, of sizes that fit each other."""
     parts = _parts(layer)
-    attention = getattr(layer, "self_attn", None)
+    attention: Any = getattr(layer, "self_attn", None)
     if not all(isinstance(part, nn.Module) for part in parts.values()):
         return False
     if not all(isinstance(getattr(part, "weight", None), Tensor) for part in parts.values()):

@@ -17,7 +17,7 @@ def scatter(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
         return
     size = pool.itemsize
     kernel = kernels.longspan_scatter
-    kernel.argtypes = _ARGUMENTS
+    kernel.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, *[c_int64] * 5]
     kernel(
         pool.data_ptr(),
         pool.stride(0) * size,
@@ -30,7 +30,3 @@ def scatter(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
         len(pool),
         rows.shape[2] * size,
     )
-
-
-_ARGUMENTS = (c_void_p, c_int64, c_int64, c_void_p, c_void_p, *[c_int64] * 5)
-"""As in `csrc/attention.cpp`."""
