@@ -2,7 +2,9 @@
 
 Ranks are processes; what each has anyway (Python, PyTorch, the kernels) is the peak of a rank that
 serves a model of almost no weights a short prompt, and is taken off. Peaks are the system's
-high-water marks of resident memory, from after the model was loaded. The formula, float32:
+high-water marks of resident memory, from after the model was loaded. Chunks have 2,048 tokens of
+each rank to the end (`max_step_time=None`; by default they get shorter), and several ranks use
+pass-KV, the strategy that needs most. The formula, float32:
 
     weights + KV + activations
     KV: the rank's tokens, 2 x layers x kv_heads x head_dim numbers each
@@ -42,6 +44,8 @@ def peaks(model: Path, ranks: int, tokens: int, prompt: int) -> list[int]:
         distributed_executor_backend="mp",
         kv_cache_tokens=-(-tokens // ranks // 256) * 256 + 1024,
         max_num_batched_tokens=CHUNK,
+        max_step_time=None,
+        attention_strategy="pass_kv" if ranks > 1 else "auto",
         min_tokens_per_rank=1024 if ranks > 1 else None,
         enable_prefix_caching=False,
     )
