@@ -167,7 +167,7 @@ def measure(engines: Sequence[Engine], dtype: str, options: argparse.Namespace) 
                     turn = _turn(engine, prompt, several)
                     found[engine.name].append(turn)
                     where = f"pair {pair + 1}, {length} tokens, batch {batch}: {engine.name}"
-                    figures = f"TTFT {turn['ttft_s'] or 0:.3f} s, TPOT {turn['tpot_ms']:.1f} ms"
+                    figures = ", ".join(f"{name} {turn[name]}" for name in ("ttft_s", "tpot_ms"))
                     print(f"{where}: {figures}", file=sys.stderr, flush=True)
             rows += _rows(found, dtype, length, batch)
             _show(rows[-len(asked) :])
@@ -185,11 +185,12 @@ def _turn(engine: Engine, prompt: list[int], several: list[list[int]]) -> Row:
     return {"tokens": tokens, "ttft_s": None, "tpot_ms": per_token(times)}
 
 
-def per_token(times: Sequence[Sequence[float]]) -> float:
-    """Mean milliseconds for a token while all requests draw tokens."""
+def per_token(times: Sequence[Sequence[float]]) -> float | None:
+    """Mean milliseconds for a token while all requests draw tokens; None if they never all do."""
     last_begun = max(times, key=lambda own: own[0])
     begun, end = last_begun[0], min(own[-1] for own in times)
-    return 1e3 * (end - begun) / max(sum(begun < time <= end for time in last_begun), 1)
+    count = sum(begun < time <= end for time in last_begun)
+    return 1e3 * (end - begun) / count if count else None
 
 
 def _rows(found: dict[str, list[Row]], dtype: str, length: int, batch: int) -> list[Row]:
@@ -203,6 +204,8 @@ def _rows(found: dict[str, list[Row]], dtype: str, length: int, batch: int) -> l
             for peer in (peer for peer in PEERS if peer in found):
                 if name.startswith("longspan") and row[figure] is not None:
                     others = [turn[figure] for turn in found[peer]]
+                    if None in others:
+                        continue
                     row[f"{figure[:4]} vs {peer}"] = median(
                         own / other for own, other in zip(values, others, strict=True)
                     )

@@ -62,7 +62,7 @@ def _draw_rates(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         rates = {
             (row["batch"], row["prompt_tokens"]): 1e3 * row["batch"] / row["tpot_ms"]
             for row in rows
-            if row["engine"] == name
+            if row["engine"] == name and row["tpot_ms"] is not None
         }
         places = [i + (offset - (len(names) - 1) / 2) * width for i in range(len(groups))]
         heights = [rates.get(group, 0) for group in groups]

@@ -68,8 +68,8 @@ class Placer:
     ) -> Placement | None:
         """Ranks for a prompt of so many tokens whose first pages are the cache's `hits`.
 
-        More than `max_degree` ranks are taken only where fewer lack the pages. None if even all
-        ranks do.
+        More than `max_degree` ranks are taken only where fewer lack the pages, or know less of the
+        prompt. None if even all ranks lack the pages.
         """
         local = self._local(tokens, hits, fleet)
         if self.min_tokens_per_rank is None:
@@ -98,7 +98,9 @@ class Placer:
             assert chosen is not None
             gain, more = chosen.seconds / wider.seconds, wider.degree / chosen.degree
             fast_enough = self._work(chosen, tokens) <= self.one_step
-            if wider.degree > max_degree or fast_enough or gain < EFFICIENCY * more:
+            # Ranks that know more of the prompt cost others nothing: it is not computed again.
+            too_wide = wider.degree > max_degree and len(wider.places) <= len(chosen.places)
+            if too_wide or fast_enough or gain < EFFICIENCY * more:
                 break
             chosen = wider
         return chosen

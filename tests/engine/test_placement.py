@@ -161,6 +161,13 @@ def test_a_prompt_goes_where_its_beginning_is_known() -> None:
     assert ranks(9, hits=known_on(2, 2), free=[3, 3, 1]) == [2], "which needs room for what is new"
 
 
+def test_a_beginning_that_several_ranks_know_together_is_not_computed_again() -> None:
+    """However many others wait: that many ask about one text at once is when it counts."""
+    hits = [*known_on(1, 12), *known_on(3, 12)]
+    assert set(ranks(100, hits=hits, max_degree=1)) == {1, 3}
+    assert ranks(100, hits=known_on(1, 24), max_degree=1) == [1]
+
+
 def test_but_not_if_that_rank_is_so_busy_that_another_computes_it_sooner() -> None:
     hits = known_on(2, 20)  # of 25 pages
     assert ranks(100, hits=hits, delays=[0, 0, 79, 0], free=[AMPLE] * 4, max_degree=1) == [2]
