@@ -9,12 +9,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
-__all__ = ["SOURCES", "library"]
+__all__ = ["NUMBER", "POINTER", "SOURCES", "THREADS", "function", "library"]
 
 SOURCES = Path(__file__).parent / "csrc"
+POINTER, NUMBER, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+"""What functions of ours take: addresses, int64 and how many threads to use."""
 
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp"),
@@ -40,6 +44,13 @@ def library(source: Path) -> ctypes.CDLL | None:
         cause = next((line for line in lines if "error" in line), lines[0])
         _logger.warning("%s can't be compiled, so slower code is used: %s", source.name, cause)
         return None
+
+
+def function(kernels: ctypes.CDLL, name: str, arguments: Sequence[Any]) -> Callable[..., None]:
+    """One of a library's functions, which return nothing, with the types of its arguments."""
+    found = getattr(kernels, f"longspan_{name}")
+    found.argtypes, found.restype = arguments, None
+    return cast(Callable[..., None], found)
 
 
 def _compiler() -> str:

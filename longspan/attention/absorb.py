@@ -1,11 +1,12 @@
 """Merging states in place on CPU, in one pass, where there is a compiler."""
 
-from ctypes import c_int, c_int64, c_void_p
-
 import torch
 from torch import Tensor
 
-from longspan.compiled import SOURCES, library
+from longspan.compiled import NUMBER, POINTER, SOURCES, THREADS, function, library
+
+_ARGUMENTS = (*[POINTER] * 3, NUMBER, POINTER, *[NUMBER] * 3, THREADS)
+"""As in `csrc/attention.cpp`."""
 
 PARALLEL_NUMBERS = 1 << 16
 """Fewer are done before a second thread has begun."""
@@ -29,9 +30,7 @@ def absorb(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> bo
         or other_lse.stride(0) != heads * lse_row
     ):
         return False
-    kernel = kernels.longspan_absorb
-    kernel.argtypes = [*[c_void_p] * 3, c_int64, c_void_p, *[c_int64] * 3, c_int]
-    kernel(
+    function(kernels, "absorb", _ARGUMENTS)(
         out.data_ptr(),
         lse.data_ptr(),
         other_out.data_ptr(),

@@ -7,9 +7,13 @@ from torch import Tensor
 
 from longspan.attention.state import AttentionState
 from longspan.attention.work import Work
-from longspan.compiled import SOURCES
+from longspan.compiled import NUMBER, POINTER, SOURCES, THREADS, function
 
 SOURCE = SOURCES / "attention.cpp"
+
+_NUMBERS = ctypes.POINTER(NUMBER)
+_ARGUMENTS = (*[POINTER] * 5, _NUMBERS, _NUMBERS, ctypes.c_float, POINTER, NUMBER, THREADS)
+"""As in `csrc/attention.cpp`."""
 
 
 class Native:
@@ -21,11 +25,9 @@ class Native:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._attend = {
-            dtype: getattr(library, f"longspan_attend_{str(dtype).removeprefix('torch.')}")
+            dtype: function(library, f"attend_{str(dtype).removeprefix('torch.')}", _ARGUMENTS)
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)
         }
-        for attend in self._attend.values():
-            attend.argtypes, attend.restype = _ARGUMENTS, None
 
     def __call__(
         self, state: AttentionState, q: Tensor, kv: Tensor, work: Work, *, scale: float
@@ -51,11 +53,3 @@ class Native:
         attend, threads = self._attend[kv.dtype], torch.get_num_threads()
         for table in work.tables:
             attend(*arguments, table.data_ptr(), len(table), threads)
-
-
-_POINTER, _NUMBERS = ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)
-_ARGUMENTS = (
-    *([_POINTER] * 5),
-    *(_NUMBERS, _NUMBERS, ctypes.c_float, _POINTER, ctypes.c_int64, ctypes.c_int),
-)
-"""As in `csrc/attention.cpp`."""

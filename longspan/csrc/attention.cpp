@@ -154,16 +154,6 @@ void attend(const Call<T>& call, const Item* items, int64_t num_items, int threa
         if (task.partial >= 0) merge(call, task, place(task), width - 2);
 }
 
-// Copy rows of `bytes` each from [rows, heads] to slots of a pool's heads; strides are in bytes.
-void scatter(char* pool, int64_t pool_head, int64_t pool_slot, const int64_t* slots,
-             const char* from, int64_t from_row, int64_t from_head, int64_t rows, int64_t heads,
-             int64_t bytes) {
-    for (int64_t h = 0; h < heads; ++h)
-        for (int64_t r = 0; r < rows; ++r)
-            __builtin_memcpy(pool + h * pool_head + slots[r] * pool_slot,
-                             from + r * from_row + h * from_head, bytes);
-}
-
 // Merge other states of the same queries and heads into `out` [rows, depth] and `lse` [rows].
 void absorb(float* out, float* lse, const float* other_out, int64_t other_row,
             const float* other_lse, int64_t lse_row, int64_t rows, int64_t depth, int threads) {
@@ -192,12 +182,6 @@ extern "C" void longspan_absorb(float* out, float* lse, const float* other_out, 
                                 const float* other_lse, int64_t lse_row, int64_t rows,
                                 int64_t depth, int threads) {
     absorb(out, lse, other_out, other_row, other_lse, lse_row, rows, depth, threads);
-}
-
-extern "C" void longspan_scatter(char* pool, int64_t pool_head, int64_t pool_slot,
-                                 const int64_t* slots, const char* from, int64_t from_row,
-                                 int64_t from_head, int64_t rows, int64_t heads, int64_t bytes) {
-    scatter(pool, pool_head, pool_slot, slots, from, from_row, from_head, rows, heads, bytes);
 }
 
 #define LONGSPAN_ATTEND(name, T)                                                                \

@@ -19,7 +19,7 @@ struct Norm {
     float epsilon;
 };
 
-// Numbers of rows, heads and layers are multiples of 16.
+// All inputs of products and lengths of norms are multiples of 16.
 struct Layer {
     int64_t hidden, heads, kv_heads, head_dim;
     Norm norm1, q_norm, k_norm, norm2;

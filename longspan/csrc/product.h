@@ -14,8 +14,9 @@ namespace {
 constexpr int OUTPUTS = 8;  // rows of W that are met at a time
 constexpr int AHEAD = 64 / VL;  // bytes to call up for each input: a line for each vector
 
-// Calls `take(output, row, sum)` for ROWS rows of x, counted from `row`. Meanwhile what will be read
-// next is called up: `ahead`, if it isn't null, and as far as ROWS vectors' share of it go.
+// Calls `take(output, row, sum)` for ROWS rows of x, counted from `row`. Meanwhile weights that will
+// be read next are called up: AHEAD bytes from `ahead` on for each input. An address that is not
+// there does no harm.
 template <int COUNT, int ROWS, typename W, typename Take>
 inline void meet(const float* x, int64_t row, const W* w, int64_t output, int64_t inputs,
                  const char* ahead, const Take& take) {

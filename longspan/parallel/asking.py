@@ -1,6 +1,6 @@
 """Queries go to the keys' ranks and partial states come back: what pass-Q and tree share."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -27,7 +27,11 @@ def ask(layer: LayerExchange, label: str, routes: Routes) -> Job:
     others = {
         question: q
         for peer, message in asked.items()
-        for question, q in _split(layer, routes.asked[peer], message)
+        for question, q in zip(
+            routes.asked[peer],
+            torch.split(message, layer.exchange.sizes(routes.asked[peer])),
+            strict=True,
+        )
     }
     wait, relayed = _queries(layer, label, others, routes.relays, routes.relayed)
     answers = _answers(layer, asked, routes.asked)
@@ -39,8 +43,7 @@ def ask(layer: LayerExchange, label: str, routes: Routes) -> Job:
     for question, state in _parts(layer, found, routes.relays):
         given[question].absorb(state)
     wait, found = _states(layer, label, answers, routes.asks)
-    state = layer.empty_own_state()
-    states = layer.own_parts(state)
+    state, states = layer.own_states()
     layer.absorb_own(state)
     wait()
     for peer, answer in found.items():
@@ -76,7 +79,8 @@ def _queries(
         (peer, joined([queries[question] for question in questions]))
         for peer, questions in out.items()
     ]
-    found = {peer: layer.empty_queries(_size(layer, asked)) for peer, asked in come.items()}
+    sizes = {peer: sum(layer.exchange.sizes(questions)) for peer, questions in come.items()}
+    found = {peer: layer.empty_queries(size) for peer, size in sizes.items()}
     return layer.send(label, sends, list(found.items())), found
 
 
@@ -86,17 +90,7 @@ def _states(layer: LayerExchange, label: str, states: States, come: Route) -> tu
         (peer, torch.cat((state.out, state.lse.unsqueeze(-1)), dim=-1))
         for peer, state in states.items()
     ]
-    room = {peer: layer.empty_packed_states(_size(layer, asked)) for peer, asked in come.items()}
+    sizes = {peer: sum(layer.exchange.sizes(questions)) for peer, questions in come.items()}
+    room = {peer: layer.empty_packed_states(size) for peer, size in sizes.items()}
     found = {peer: AttentionState(x[..., :-1], x[..., -1]) for peer, x in room.items()}
     return layer.send(label, sends, list(room.items())), found
-
-
-def _size(layer: LayerExchange, questions: Sequence[Question]) -> int:
-    return sum(layer.exchange.num_queries(index, rank) for rank, index in questions)
-
-
-def _split(
-    layer: LayerExchange, questions: Sequence[Question], message: Tensor
-) -> Iterator[tuple[Question, Tensor]]:
-    sizes = [layer.exchange.num_queries(index, rank) for rank, index in questions]
-    return zip(questions, torch.split(message, sizes), strict=True)

@@ -3,6 +3,7 @@
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ class Exchange:
         self.ranges = ranges
         self.transport = transport
         self.rank = transport.rank
-        self._work: dict[tuple[int, int], Work] = {}
-        self._works: dict[tuple[Question, ...], Work] = {}
+        self._work_here: dict[tuple[Question, ...], Work] = {}
+        self._work_on_block: dict[tuple[int, int], Work] = {}
         self._seeing: dict[tuple[int, int], list[int]] = {}
         self._slots: dict[int, Tensor] = {}
 
@@ -95,10 +96,14 @@ class Exchange:
         """This rank's queries of all segments, as they lie one after the other."""
         return [(self.rank, index) for index in range(len(self.segments))]
 
+    def sizes(self, questions: Sequence[Question]) -> list[int]:
+        """How many queries each has."""
+        return [self.num_queries(index, rank) for rank, index in questions]
+
     def work_here(self, questions: Sequence[Question]) -> Work:
         """Queries that lie one after the other over this rank's keys of their segments."""
         key = tuple(questions)
-        if key not in self._works:
+        if key not in self._work_here:
             shares, row = [], 0
             for rank, index in questions:
                 segment = self.segments[index]
@@ -106,16 +111,17 @@ class Exchange:
                 if queries.num_queries and keys.num_keys:
                     shares.append(Share(row, tiles(queries, keys), self.ranges[index]))
                 row += queries.num_queries
-            self._works[key] = Work(shares)
-        return self._works[key]
+            self._work_here[key] = Work(shares)
+        return self._work_here[key]
 
     def work_on_block(self, index: int, keys_on: int) -> Work:
         """One segment's queries of this rank over its keys of another, which have travelled."""
         key = (index, keys_on)
-        if key not in self._work:
+        if key not in self._work_on_block:
             queries, keys = (self.segments[index].shard(rank) for rank in (self.rank, keys_on))
-            self._work[key] = Work([Share(0, tiles(queries, keys), [slice(0, keys.num_keys)])])
-        return self._work[key]
+            share = Share(0, tiles(queries, keys), [slice(0, keys.num_keys)])
+            self._work_on_block[key] = Work([share])
+        return self._work_on_block[key]
 
     def copy_own(self, index: int, kv: Tensor, to: Tensor) -> None:
         """Copy this rank's keys and values of one segment, which lie in kv, to [2, G, S, D]."""
@@ -148,20 +154,13 @@ class LayerExchange:
 
     def parts(self, state: AttentionState, questions: Sequence[Question]) -> list[AttentionState]:
         """A state of queries that lie one after the other, as views of each question's."""
-        parts, row = [], 0
-        for rank, index in questions:
-            end = row + self.exchange.num_queries(index, rank)
-            parts.append(state[row:end])
-            row = end
-        return parts
+        ends = [0, *accumulate(self.exchange.sizes(questions))]
+        return [state[first:last] for first, last in pairwise(ends)]
 
-    def empty_own_state(self) -> AttentionState:
-        """Of all of this rank's queries, one segment's after the other's."""
-        return self.empty_state(sum(len(q) for q in self.queries))
-
-    def own_parts(self, state: AttentionState) -> list[AttentionState]:
-        """Views of each segment's."""
-        return self.parts(state, self.exchange.own_questions)
+    def own_states(self) -> tuple[AttentionState, list[AttentionState]]:
+        """Empty states of this rank's queries: of all, and views of each segment's."""
+        state = self.empty_state(sum(len(q) for q in self.queries))
+        return state, self.parts(state, self.exchange.own_questions)
 
     def empty_state(self, tokens: int) -> AttentionState:
         _, heads, head_dim = self.queries[0].shape

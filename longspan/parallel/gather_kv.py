@@ -20,8 +20,7 @@ def gather_kv(layer: LayerExchange) -> Job:
     ]
     wait = layer.send("gather_kv", sends, receives)
     yield
-    state = layer.empty_own_state()
-    states = layer.own_parts(state)
+    state, states = layer.own_states()
     layer.absorb_own(state)
     wait()
     for peer, block in receives:

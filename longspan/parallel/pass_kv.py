@@ -19,8 +19,7 @@ def pass_kv(layer: LayerExchange) -> Job:
     """
     ring = layer.exchange.ring
     own = layer.exchange.rank
-    state = layer.empty_own_state()
-    states = layer.own_parts(state)
+    state, states = layer.own_states()
     blocks: Mapping[int, Tensor] = {own: layer.pack_keys(ring.travellers(own, (0, 0)))}
     for lap in range(ring.num_hosts):
         wait_for_others, others = _hand_on(layer, blocks, (lap, 0), (lap + 1, 0))

@@ -9,13 +9,12 @@ Shapes: T rows, N numbers of a row, H query heads, G key/value heads, D head siz
 """
 
 import ctypes
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longspan.compiled import SOURCES, library
+from longspan.compiled import NUMBER, POINTER, SOURCES, THREADS, function, library
 from longspan.worker.linear import INPUTS_MULTIPLE, MOST_ROWS, PARALLEL_WEIGHTS
 
 __all__ = ["FusedLayer", "fuse_layers"]
@@ -49,12 +48,9 @@ class _Layer(ctypes.Structure):
     )
 
 
-_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
-_ARGUMENTS = {
-    "before": (*[_POINTER] * 4, _NUMBER, *[_POINTER] * 3, _NUMBER, ctypes.c_int),
-    "after": (*[_POINTER] * 4, _NUMBER, ctypes.c_int),
-}
-"""As in `csrc/layer.cpp`."""
+_BEFORE = (*[POINTER] * 4, NUMBER, *[POINTER] * 3, NUMBER, THREADS)
+_AFTER = (*[POINTER] * 4, NUMBER, THREADS)
+"""Arguments of the two functions in `csrc/layer.cpp`."""
 
 
 class FusedLayer:
@@ -68,8 +64,9 @@ class FusedLayer:
         self._kept: list[Tensor] = []  # what the structure points to
         self._layer = self._structure(parts, layer.self_attn.head_dim)
         self.dtype: torch.dtype = parts["q"].weight.dtype
-        self._before = _kernel(kernels, "before", self.dtype)
-        self._after = _kernel(kernels, "after", self.dtype)
+        dtype = str(self.dtype).removeprefix("torch.")
+        self._before = function(kernels, f"before_{dtype}", _BEFORE)
+        self._after = function(kernels, f"after_{dtype}", _AFTER)
         weights = sum(parts[name].weight.numel() for name in _PROJECTIONS)
         self._is_parallel = weights >= PARALLEL_WEIGHTS
 
@@ -264,9 +261,3 @@ def _sizes_fit(parts: dict[str, Any], head_dim: int) -> bool:
         and queries % head_dim == keys % head_dim == 0
         and all(length % INPUTS_MULTIPLE == 0 for length in lengths)
     )
-
-
-def _kernel(kernels: ctypes.CDLL, name: str, dtype: torch.dtype) -> Callable[..., None]:
-    kernel = getattr(kernels, f"longspan_{name}_{str(dtype).removeprefix('torch.')}")
-    kernel.argtypes, kernel.restype = _ARGUMENTS[name], None
-    return cast(Callable[..., None], kernel)

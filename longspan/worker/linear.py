@@ -4,14 +4,12 @@ Shapes: M rows, K inputs, N outputs.
 """
 
 from collections.abc import Callable
-from ctypes import c_int, c_int64, c_void_p
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from longspan.compiled import SOURCES, library
+from longspan.compiled import NUMBER, POINTER, SOURCES, THREADS, function, library
 
 __all__ = ["FastLinear", "use_fast_linears"]
 
@@ -99,9 +97,8 @@ def _kernel_of(dtype: torch.dtype) -> Callable[..., None] | None:
     compiled = library(_SOURCE)
     if compiled is None:
         return None
-    kernel = getattr(compiled, f"longspan_linear_{str(dtype).removeprefix('torch.')}")
-    kernel.argtypes, kernel.restype = (*[c_void_p] * 4, *[c_int64] * 3, c_int), None
-    return cast(Callable[..., None], kernel)
+    name = f"linear_{str(dtype).removeprefix('torch.')}"
+    return function(compiled, name, (*[POINTER] * 4, *[NUMBER] * 3, THREADS))
 
 
 def _is_native(dtype: torch.dtype) -> bool:

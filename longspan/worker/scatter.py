@@ -1,24 +1,23 @@
 """Rows into slots of a pool on CPU, without PyTorch's cost for each operation."""
 
-from ctypes import c_int64, c_void_p
-
 from torch import Tensor
 
-from longspan.compiled import SOURCES, library
+from longspan.compiled import NUMBER, POINTER, SOURCES, function, library
+
+_ARGUMENTS = (POINTER, NUMBER, NUMBER, POINTER, POINTER, *[NUMBER] * 5)
+"""As in `csrc/scatter.cpp`."""
 
 
 def scatter(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
     """Put rows [T, G, D] into slots [T] of `pool` [G, S, D], of the same type."""
     assert rows.dtype == pool.dtype, (rows.dtype, pool.dtype)
     assert rows.shape[2] == pool.shape[2], (rows.shape, pool.shape)
-    kernels = library(SOURCES / "attention.cpp") if pool.is_cpu else None
+    kernels = library(SOURCES / "scatter.cpp") if pool.is_cpu else None
     if kernels is None or rows.stride(2) != 1 or not slots.is_contiguous():
         pool.index_copy_(1, slots, rows.transpose(0, 1))
         return
     size = pool.itemsize
-    kernel = kernels.longspan_scatter
-    kernel.argtypes = [c_void_p, c_int64, c_int64, c_void_p, c_void_p, *[c_int64] * 5]
-    kernel(
+    function(kernels, "scatter", _ARGUMENTS)(
         pool.data_ptr(),
         pool.stride(0) * size,
         pool.stride(1) * size,

@@ -144,7 +144,8 @@ def test_half_precision_is_widened(kernel: Kernel, dtype: torch.dtype, tokens: i
     q, kv = random_inputs(tokens, 300, (8, 2), 64, dtype)
     ours = run(kernel, q, kv, whole(tokens, 300), 0.125)
     wide = run(kernel, q.float(), kv.float(), whole(tokens, 300), 0.125)
-    assert_close(ours, wide)  # pairs of bfloat16 are summed in another order
+    few_pairs = dtype == torch.bfloat16 and tokens == 1  # those are summed in another order
+    (assert_close if few_pairs else assert_equal)(ours, wide)
 
 
 def decoding(prefix: int, tails: Sequence[int], stranger: int) -> tuple[Work, int]:
