@@ -19,8 +19,10 @@ _ARGUMENTS = (*[POINTER] * 5, _NUMBERS, _NUMBERS, ctypes.c_float, POINTER, NUMBE
 class Native:
     """The kernel of a compiled library; see `longspan.attention.kernel.Kernel`.
 
-    Keys are read where they lie, in any format of `kv_format`; arithmetic is float32. It uses as
-    many threads as PyTorch.
+    Keys are read where they lie, in any format of `kv_format`; sums are float32. So are products,
+    unless queries and keys are both bfloat16 and the CPU multiplies pairs of those (AVX-512 BF16):
+    then weights are rounded to bfloat16 for their product with values. It uses as many threads as
+    PyTorch.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -28,13 +30,20 @@ class Native:
             dtype: function(library, f"attend_{str(dtype).removeprefix('torch.')}", _ARGUMENTS)
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)
         }
+        self._attend_pairs = None
+        if hasattr(library, "longspan_attend_bfloat16_pairs"):
+            self._attend_pairs = function(library, "attend_bfloat16_pairs", _ARGUMENTS)
 
     def __call__(
         self, state: AttentionState, q: Tensor, kv: Tensor, work: Work, *, scale: float
     ) -> None:
         if not work.tables:
             return
-        q = q.float()
+        attend = self._attend[kv.dtype]
+        if self._attend_pairs and q.dtype == kv.dtype == torch.bfloat16 and q.shape[2] % 2 == 0:
+            attend = self._attend_pairs
+        else:
+            q = q.float()
         if q.stride(2) != 1:
             q = q.contiguous()
         k, v = kv if kv.stride(3) == 1 else kv.contiguous()
@@ -50,6 +59,6 @@ class Native:
             (ctypes.c_int64 * 3)(*shape),
             scale,
         )
-        attend, threads = self._attend[kv.dtype], torch.get_num_threads()
+        threads = torch.get_num_threads()
         for table in work.tables:
             attend(*arguments, table.data_ptr(), len(table), threads)

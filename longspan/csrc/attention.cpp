@@ -14,8 +14,8 @@
 namespace {
 
 // Merge results for a block of queries into the caller's states.
-template <typename T>
-void merge(const Call<T>& call, const Task& task, const Result& found, int64_t width) {
+template <typename T, typename Unit>
+void merge(const Call<T, Unit>& call, const Task& task, const Result& found, int64_t width) {
     for (int64_t r = 0; r < task.rows * call.group; ++r) {
         if (found.most[r] == NONE) continue;
         const int64_t row = task.row + r / call.group;
@@ -94,8 +94,8 @@ std::vector<Task> split(const Task& block, int64_t most) {
     return parts;
 }
 
-template <typename T>
-void attend(const Call<T>& call, const Item* items, int64_t num_items, int threads) {
+template <typename T, typename Unit>
+void attend(const Call<T, Unit>& call, const Item* items, int64_t num_items, int threads) {
     // A block's packed queries and sums take a quarter of a megabyte, half of a usual L2 cache.
     const int64_t most = std::max<int64_t>((1 << 15) / up(call.head_dim, NR) / MR * MR, MR);
     const int64_t most_rows = std::max<int64_t>(most / call.group, 1);
@@ -143,10 +143,10 @@ void attend(const Call<T>& call, const Item* items, int64_t num_items, int threa
     for (size_t i = 0; i < tasks.size(); ++i) {
         const Task& task = tasks[i];
         if (direct_fits && task.rows * call.group <= FEW) {
-            Direct<T> few(call);
+            Direct<T, Unit> few(call);
             finish(task, few.run(task), few.width());
         } else {
-            Packed<T> many(call, most_rows);
+            Packed<T, Unit> many(call, most_rows);
             finish(task, many.run(task), many.width());
         }
     }
@@ -184,19 +184,21 @@ extern "C" void longspan_absorb(float* out, float* lse, const float* other_out, 
     absorb(out, lse, other_out, other_row, other_lse, lse_row, rows, depth, threads);
 }
 
-#define LONGSPAN_ATTEND(name, T)                                                                \
+#define LONGSPAN_ATTEND(name, T, Unit)                                                           \
     extern "C" void longspan_attend_##name(                                                     \
-        float* out, float* lse, const float* q, const void* k, const void* v,                   \
-        const int64_t* strides, const int64_t* shape, float scale, const int64_t* items,        \
+        float* out, float* lse, const Unit::Query* q, const T* k, const T* v,            \
+        const int64_t* strides, const int64_t* shape, float scale, const Item* items,           \
         int64_t num_items, int threads) {                                                       \
-        const Call<T> call{out, lse, q, static_cast<const T*>(k), static_cast<const T*>(v),     \
-                           strides[0], strides[1], strides[2],                                  \
-                           strides[3], strides[4], strides[5], strides[6], strides[7],          \
-                           shape[0], shape[1], shape[2], scale};                                \
-        attend(call, reinterpret_cast<const Item*>(items), num_items, threads);                 \
+        const Call<T, Unit> call{                                                        \
+            out, lse, q, k, v, strides[0], strides[1], strides[2], strides[3], strides[4],      \
+            strides[5], strides[6], strides[7], shape[0], shape[1], shape[2], scale};           \
+        attend(call, items, num_items, threads);                                                \
     }
 
-LONGSPAN_ATTEND(float32, float)
-LONGSPAN_ATTEND(bfloat16, BFloat16)
-LONGSPAN_ATTEND(float16, Float16)
-LONGSPAN_ATTEND(int8, Int8)
+LONGSPAN_ATTEND(float32, float, Floats<float>)
+LONGSPAN_ATTEND(bfloat16, BFloat16, Floats<BFloat16>)
+LONGSPAN_ATTEND(float16, Float16, Floats<Float16>)
+LONGSPAN_ATTEND(int8, Int8, Floats<Int8>)
+#if defined(__AVX512BF16__)
+LONGSPAN_ATTEND(bfloat16_pairs, BFloat16, Pairs)
+#endif

@@ -9,11 +9,13 @@ namespace {
 
 constexpr int DIRECT_KEYS = 64;  // of a block: its keys and values stay in cache
 
-template <typename T>
+template <typename T, typename Unit>
 class Direct {
   public:
-    explicit Direct(const Call<T>& call) : call_(call), depth_(call.head_dim) {
-        scratch.lay_out({FEW * depth_, FEW * depth_, FEW * DIRECT_KEYS}, {&queries_, &sums_, &scores_});
+    explicit Direct(const Call<T, Unit>& call)
+        : call_(call), depth_(call.head_dim), words_(call.head_dim / PACE) {
+        scratch.lay_out({FEW * depth_, FEW * depth_, FEW * DIRECT_KEYS},
+                        {&queries_, &sums_, &scores_});
     }
 
     Result run(const Task& task) {
@@ -21,10 +23,11 @@ class Direct {
         for (int64_t r = 0; r < FEW; ++r) {
             const int64_t row = task.row + r / call_.group;
             const int64_t head = task.head * call_.group + r % call_.group;
-            const float* from = call_.q + row * call_.q_row + head * call_.q_head;
+            const auto* from = call_.q + row * call_.q_row + head * call_.q_head;
+            auto* to = reinterpret_cast<typename Unit::Query*>(queries_ + r * words_);
             for (int64_t d = 0; d < depth_; ++d)
-                queries_[r * depth_ + d] =
-                    r < rows ? from[number_at<T>(d)] * call_.scale * LOG2E : 0.0f;
+                to[d] = r < rows ? Unit::query(from[Unit::number_at(d)], call_.query_scale())
+                             : typename Unit::Query{};
         }
         std::fill_n(sums_, FEW * depth_, 0.0f);
         std::fill_n(most_, FEW, NONE);
@@ -40,6 +43,9 @@ class Direct {
     int64_t width() const { return depth_; }
 
   private:
+    static constexpr int PACE = Unit::PACE;
+    static constexpr int PARTS = 2 / PACE;  // vectors of words that are 2 VL numbers of a key
+
     template <int ROWS>
     void attend(const Task& task) {
         for (const Span& span : task.spans)
@@ -58,7 +64,7 @@ class Direct {
                 float factors[ROWS];
                 soften<ROWS>(keys, factors);
                 multiply<ROWS>(v, call_.v_slot, keys);
-                constexpr int PAIRS = ROWS > 4 ? 1 : 4 / ROWS;
+                constexpr int PAIRS = ROWS > 4 ? 1 : (VL == 16 ? 8 : 4) / ROWS;  // by registers
                 int64_t d = 0;
                 for (; d + PAIRS * 2 * VL <= depth_; d += PAIRS * 2 * VL)
                     weigh<ROWS, PAIRS>(v + d, keys, sums_ + d, factors, next + d * keys);
@@ -70,38 +76,46 @@ class Direct {
     // Scores [keys, ROWS]; the values that will be read next are called up.
     template <int ROWS>
     void score(const T* k, const T* v, int64_t keys) {
-        constexpr int KEYS = 8 / ROWS;  // 8 accumulators
+        constexpr int SUMS = VL == 16 && ROWS >= 4 ? 16 : 8;  // accumulators
+        constexpr int KEYS = SUMS / ROWS;
         int64_t j = 0;
         for (; j + KEYS <= keys; j += KEYS) {
-            Vector sums[8] = {};
+            Vector sums[SUMS] = {};
             for (int64_t d = 0; d < depth_; d += 2 * VL) {
-                Vector x[KEYS][2];
+                Vector x[KEYS][PARTS];
 #pragma GCC unroll 8
                 for (int i = 0; i < KEYS; ++i) {
-                    load_pair(k + (j + i) * call_.k_slot + d, x[i][0], x[i][1]);
-                    x[i][0] = in_register(x[i][0]), x[i][1] = in_register(x[i][1]);
+                    Unit::load_key(k + (j + i) * call_.k_slot + d, x[i]);
+                    for (Vector& part : x[i]) part = in_register(part);
                     call_up<2 * VL>(v + (j + i) * call_.v_slot + d);
                 }
 #pragma GCC unroll 16
-                for (int r = 0; r < 2 * ROWS; ++r) {
-                    const Vector q =
-                        in_register(load(queries_ + r % ROWS * depth_ + d + r / ROWS * VL));
+                for (int r = 0; r < PARTS * ROWS; ++r) {
+                    const Vector q = in_register(
+                        load(queries_ + r % ROWS * words_ + d / PACE + r / ROWS * VL));
 #pragma GCC unroll 8
-                    for (int i = 0; i < KEYS; ++i) sums[i * ROWS + r % ROWS] += q * x[i][r / ROWS];
+                    for (int i = 0; i < KEYS; ++i) {
+                        Vector& sum = sums[i * ROWS + r % ROWS];
+                        sum = Unit::fused(q, x[i][r / ROWS], sum);
+                    }
                 }
             }
-            sum_each<8>(sums, scores_ + j * ROWS);
+            if constexpr (SUMS == 8) sum_each<SUMS>(sums, scores_ + j * ROWS);
+            else store(scores_ + j * ROWS, sum_sixteen(sums));
         }
         for (; j < keys; ++j)
             for (int r = 0; r < ROWS; ++r) {
-                Vector sums = {}, x, y;
+                Vector sums = {}, x[PARTS];
                 for (int64_t d = 0; d < depth_; d += 2 * VL) {
-                    load_pair(k + j * call_.k_slot + d, x, y);
-                    const float* q = queries_ + r * depth_ + d;
-                    sums += load(q) * x + load(q + VL) * y;
+                    Unit::load_key(k + j * call_.k_slot + d, x);
+                    for (int part = 0; part < PARTS; ++part)
+                        sums = Unit::fused(load(queries_ + r * words_ + d / PACE + part * VL),
+                                           x[part], sums);
                 }
                 scores_[j * ROWS + r] = sum(sums);
             }
+        for (int64_t i = 0; i < keys * ROWS; i += VL)  // there is room for a whole vector
+            store(scores_ + i, load(scores_ + i) * splat(call_.score_scale()));
     }
 
     // Ask for so many numbers to be brought from memory.
@@ -123,7 +137,8 @@ class Direct {
         else (void)rows, (void)stride, (void)keys;
     }
 
-    // Scores [keys, ROWS] become weights, for all rows at once: a vector has several keys' scores.
+    // Scores [keys, ROWS] become words of weights [keys / PACE, ROWS], for all rows at once: a vector
+    // has several keys' scores.
     template <int ROWS>
     void soften(int64_t keys, float* factors) {
         const int64_t all = up(keys * ROWS, VL);
@@ -144,7 +159,7 @@ class Direct {
         Vector weights = {};
         for (int64_t i = 0; i < all; i += VL) {
             const Vector x = exp2(load(scores_ + i) - maximum);
-            store(scores_ + i, x);
+            Unit::template store_weights_of_keys<ROWS>(scores_, i, x);
             weights += x;
         }
         for (int r = 0; r < ROWS; ++r) {
@@ -157,20 +172,27 @@ class Direct {
     template <int ROWS, int PAIRS>
     void weigh(const T* v, int64_t keys, float* sums, const float* factors, const T* next) {
         Vector columns[ROWS][2 * PAIRS] = {};
-#pragma GCC unroll 2
-        for (int64_t j = 0; j < keys; ++j) {
-            Vector x[2 * PAIRS];
+        const auto add = [&](int64_t j, const T* row, const T* row_after) {
+            Vector x[PAIRS][2];
 #pragma GCC unroll 4
             for (int c = 0; c < PAIRS; ++c)
-                load_pair(v + j * call_.v_slot + c * 2 * VL, x[2 * c], x[2 * c + 1]);
-            call_up<2 * VL * PAIRS>(next + j * 2 * VL * PAIRS);
+                Unit::load_words(row + c * 2 * VL, row_after ? row_after + c * 2 * VL : nullptr, x[c]);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
-                const Vector weight = splat(scores_[j * ROWS + r]);
+                const Vector weight = splat(scores_[j / PACE * ROWS + r]);
 #pragma GCC unroll 8
-                for (int c = 0; c < 2 * PAIRS; ++c) columns[r][c] += weight * x[c];
+                for (int c = 0; c < 2 * PAIRS; ++c)
+                    columns[r][c] = Unit::fused(weight, x[c / 2][c % 2], columns[r][c]);
             }
+        };
+        int64_t j = 0;
+#pragma GCC unroll 2
+        for (; j + PACE <= keys; j += PACE) {
+            const T* row = v + j * call_.v_slot;
+            add(j, row, row + (PACE - 1) * call_.v_slot);
+            call_up<2 * VL * PAIRS * PACE>(next + j * 2 * VL * PAIRS);
         }
+        if (j < keys) add(j, v + j * call_.v_slot, nullptr);
         for (int r = 0; r < ROWS; ++r)
             for (int c = 0; c < 2 * PAIRS; ++c) {
                 float* to = sums + r * depth_ + c * VL;
@@ -179,16 +201,16 @@ class Direct {
     }
 
     void restore_order() {
-        if (number_at<T>(1) == 1) return;
+        if (Unit::number_at(1) == 1) return;
         for (int64_t r = 0; r < FEW; ++r) {
             std::copy_n(sums_ + r * depth_, depth_, queries_);
             for (int64_t d = 0; d < depth_; ++d)
-                sums_[r * depth_ + number_at<T>(d)] = queries_[d];
+                sums_[r * depth_ + Unit::number_at(d)] = queries_[d];
         }
     }
 
-    const Call<T>& call_;
-    const int64_t depth_;
+    const Call<T, Unit>& call_;
+    const int64_t depth_, words_;
     float *queries_, *sums_, *scores_, most_[FEW], total_[FEW];
 };
 

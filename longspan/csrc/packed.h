@@ -6,30 +6,31 @@
 
 namespace {
 
-// c [MR, NR] = a [MR, depth] b [depth, NR], or with `factor`: c = factor c + a b, by rows. The
+// c [MR, NR] = scale a [MR, depth] b [depth, NR], or with `factor`: c = factor c + a b, by rows. The
 // product is summed by itself, since short sums round less than one that goes on.
-template <int DEPTH_STRIDE, int ROW_STRIDE>
+template <typename Unit, int DEPTH_STRIDE, int ROW_STRIDE>
 inline void tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_row,
-                 const float* factor) {
+                 float scale, const float* factor) {
     Vector sums[MR][2] = {};
     for (int64_t i = 0; i < depth; ++i) {
         const Vector b0 = load(b + i * NR), b1 = load(b + i * NR + VL);
 #pragma GCC unroll 12
         for (int r = 0; r < MR; ++r) {
             const Vector x = splat(a[i * DEPTH_STRIDE + r * ROW_STRIDE]);
-            sums[r][0] += x * b0;
-            sums[r][1] += x * b1;
+            sums[r][0] = Unit::fused(x, b0, sums[r][0]);
+            sums[r][1] = Unit::fused(x, b1, sums[r][1]);
         }
     }
     for (int r = 0; r < MR; ++r)
         for (int i = 0; i < 2; ++i) {
             float* to = c + r * c_row + i * VL;
-            store(to, factor ? splat(factor[r]) * load(to) + sums[r][i] : sums[r][i]);
+            store(to, factor ? splat(factor[r]) * load(to) + sums[r][i] : splat(scale) * sums[r][i]);
         }
 }
 
-// Scores of one row become weights 2^(score - maximum); the old sums are to be multiplied by the
-// returned factor.
+// Scores of one row become words of weights 2^(score - maximum); the old sums are to be multiplied
+// by the returned factor.
+template <typename Unit>
 inline float soften(float* scores, int64_t keys, float& most, float& total) {
     Vector high = load(scores);
     for (int64_t j = VL; j < keys; j += VL) {
@@ -43,10 +44,11 @@ inline float soften(float* scores, int64_t keys, float& most, float& total) {
         return 1;
     }
     Vector weights = {};
-    for (int64_t j = 0; j < keys; j += VL) {
+    for (int64_t j = 0; j < keys; j += NR) {
         const Vector x = exp2(load(scores + j) - splat(most));
-        store(scores + j, x);
-        weights += x;
+        const Vector y = exp2(load(scores + j + VL) - splat(most));
+        Unit::store_weights(scores, j, x, y);
+        weights += x + y;
     }
     const float factor = before == most ? 1.0f : exp2(before - most);
     total = total * factor + sum(weights);
@@ -54,14 +56,19 @@ inline float soften(float* scores, int64_t keys, float& most, float& total) {
 }
 
 // Keys are packed into panels as wide as two vectors, and serve all queries of the block.
-template <typename T>
+template <typename T, typename Unit>
 class Packed {
   public:
-    Packed(const Call<T>& call, int64_t most_rows)
-        : call_(call), depth_(call.head_dim), width_(up(call.head_dim, NR)) {
+    Packed(const Call<T, Unit>& call, int64_t most_rows)
+        : call_(call),
+          depth_(call.head_dim),
+          words_(up(call.head_dim, PACE) / PACE),
+          width_(up(call.head_dim, NR)) {
         const int64_t rows = up(most_rows * call.group, MR);
-        scratch.lay_out({rows * depth_, rows * width_, NB * depth_, NB * width_, MR * NB, rows, rows},
-                        {&queries_, &sums_, &keys_, &values_, &scores_, &most_, &total_});
+        scratch.lay_out({rows * words_, rows * width_, NB * words_, NB / PACE * width_, MR * NB,
+                         rows, rows, depth_ + 1},
+                        {&queries_, &sums_, &keys_, &values_, &scores_, &most_, &total_, &zeros_});
+        std::fill_n(zeros_, depth_ + 1, 0.0f);
     }
 
     Result run(const Task& task) {
@@ -76,13 +83,13 @@ class Packed {
             if (span.causal) {
                 flush(-1);
                 for (int64_t first = 0; first < span.keys; first += NB) {
-                    pack_keys(span.key + first, std::min<int64_t>(NB, span.keys - first));
+                    take(span.key + first, std::min<int64_t>(NB, span.keys - first));
                     flush(first);
                 }
             } else {
                 for (int64_t first = 0; first < span.keys;) {
                     const int64_t keys = std::min<int64_t>(NB - filled_, span.keys - first);
-                    pack_keys(span.key + first, keys);
+                    take(span.key + first, keys);
                     first += keys;
                     if (filled_ == NB) flush(-1);
                 }
@@ -95,51 +102,65 @@ class Packed {
     int64_t width() const { return width_; }
 
   private:
+    static constexpr int PACE = Unit::PACE;
+
     void pack_queries() {
-        const float scale = call_.scale * LOG2E;
         for (int64_t r = 0; r < up(rows_, MR); ++r) {
-            float* to = queries_ + r / MR * MR * depth_ + r % MR;
+            float* to = queries_ + r / MR * MR * words_ + r % MR;
             const int64_t row = task_->row + r / call_.group;
             const int64_t head = task_->head * call_.group + r % call_.group;
-            const float* from = call_.q + row * call_.q_row + head * call_.q_head;
-            for (int64_t d = 0; d < depth_; ++d)
-                to[d * MR] = r < rows_ ? from[d] * scale : 0.0f;
+            const auto* from = call_.q + row * call_.q_row + head * call_.q_head;
+            for (int64_t i = 0; i < words_; ++i)
+                to[i * MR] = r < rows_ ? Unit::word(from, i, call_.query_scale()) : 0.0f;
         }
     }
 
-    // Keys to panels [NB / NR, D, NR], values to panels [D / NR, NB, NR].
-    void pack_keys(int64_t first, int64_t keys) {
+    // More keys for the block.
+    void take(int64_t first, int64_t keys) {
         const T* k = call_.k + task_->head * call_.k_head + first * call_.k_slot;
         const T* v = call_.v + task_->head * call_.v_head + first * call_.v_slot;
-        for (int64_t j = 0; j < keys; ++j) {
-            const int64_t at = filled_ + j;
-            float* to = keys_ + at / NR * NR * depth_ + at % NR;
-            const T* from = k + j * call_.k_slot;
-            float scale = scale_of(from, depth_);
-            for (int64_t d = 0; d < depth_; ++d) to[d * NR] = widen(from[d]) * scale;
-            from = v + j * call_.v_slot;
-            scale = scale_of(from, depth_);
-            to = values_ + at * NR;
-            int64_t d = 0;
-            for (; d + VL <= depth_; d += VL)
-                store(to + d / NR * NR * NB + d % NR, load(from + d) * splat(scale));
-            for (; d < width_; ++d)
-                to[d / NR * NR * NB + d % NR] = d < depth_ ? widen(from[d]) * scale : 0.0f;
+        for (int64_t j = 0; j < keys; ++j, ++filled_) {
+            key_rows_[filled_] = k + j * call_.k_slot;
+            value_rows_[filled_] = v + j * call_.v_slot;
         }
-        filled_ += keys;
     }
 
-    // Attend to the packed keys. With `diagonal` >= 0 they are those from that one on of a causal
+    // Keys to panels [NB / NR, words, NR], values to panels [D / NR, NB / PACE, NR]; what is missing
+    // in a panel is zero.
+    void pack() {
+        const int64_t columns = up(filled_, NR);
+        for (int64_t j = filled_; j < columns; ++j)
+            key_rows_[j] = value_rows_[j] = reinterpret_cast<const T*>(zeros_);
+        for (int64_t j = 0; j < columns; ++j) {
+            float* to = keys_ + j / NR * NR * words_ + j % NR;
+            const float scale = scale_of(key_rows_[j], depth_);
+            for (int64_t i = 0; i < words_; ++i) to[i * NR] = Unit::word(key_rows_[j], i, scale);
+        }
+        for (int64_t j = 0; j < columns; j += PACE) {
+            const T *v = value_rows_[j], *next = value_rows_[j + PACE - 1];
+            const float scale = scale_of(v, depth_);
+            float* to = values_ + j / PACE * NR;
+            Vector x[2];
+            int64_t d = 0;
+            for (; d + NR <= depth_; d += NR, to += NB / PACE * NR) {
+                Unit::words(v + d, next + d, scale, x);
+                store(to, x[0]), store(to + VL, x[1]);
+            }
+            if (d < depth_) {
+                T rest[2][NR] = {};
+                std::copy_n(v + d, depth_ - d, rest[0]);
+                std::copy_n(next + d, depth_ - d, rest[1]);
+                Unit::words(rest[0], rest[1], scale, x);
+                store(to, x[0]), store(to + VL, x[1]);
+            }
+        }
+    }
+
+    // Attend to the block's keys. With `diagonal` >= 0 they are those from that one on of a causal
     // square whose first query is the block's first.
     void flush(int64_t diagonal) {
         if (filled_ == 0) return;
-        const int64_t columns = up(filled_, NR);
-        for (int64_t j = filled_; j < columns; ++j) {  // what was there before may be no number
-            float* to = keys_ + j / NR * NR * depth_ + j % NR;
-            for (int64_t d = 0; d < depth_; ++d) to[d * NR] = 0;
-            for (int64_t d = 0; d < width_; d += NR)
-                std::fill_n(values_ + d * NB + j * NR, NR, 0.0f);
-        }
+        pack();
         for (int64_t row = 0; row < rows_; row += MR) {
             int64_t seen = filled_;
             if (diagonal >= 0) {
@@ -155,25 +176,27 @@ class Packed {
     void attend(int64_t row, int64_t seen, int64_t diagonal) {
         const int64_t columns = up(seen, NR);
         for (int64_t j = 0; j < columns; j += NR)
-            tile<MR, 1>(queries_ + row * depth_, keys_ + j * depth_, depth_, scores_ + j, NB,
-                        nullptr);
+            tile<Unit, MR, 1>(queries_ + row * words_, keys_ + j * words_, words_, scores_ + j, NB,
+                              call_.score_scale(), nullptr);
         float factors[MR];
         for (int r = 0; r < MR; ++r) {
             int64_t limit = seen;
             if (diagonal >= 0) limit = std::min(seen, (row + r) / call_.group - diagonal + 1);
             float* scores = scores_ + r * NB;
             for (int64_t j = std::max<int64_t>(limit, 0); j < columns; ++j) scores[j] = NONE;
-            factors[r] = soften(scores, columns, most_[row + r], total_[row + r]);
+            factors[r] = soften<Unit>(scores, columns, most_[row + r], total_[row + r]);
         }
         for (int64_t d = 0; d < width_; d += NR)
-            tile<1, NB>(scores_, values_ + d * NB, seen, sums_ + row * width_ + d, width_, factors);
+            tile<Unit, 1, NB>(scores_, values_ + d * (NB / PACE), up(seen, PACE) / PACE,
+                              sums_ + row * width_ + d, width_, 1.0f, factors);
     }
 
-    const Call<T>& call_;
+    const Call<T, Unit>& call_;
     const Task* task_ = nullptr;
-    const int64_t depth_, width_;
+    const int64_t depth_, words_, width_;
     int64_t rows_ = 0, filled_ = 0;
-    float *queries_, *sums_, *keys_, *values_, *scores_, *most_, *total_;
+    const T *key_rows_[NB], *value_rows_[NB];
+    float *queries_, *sums_, *keys_, *values_, *scores_, *most_, *total_, *zeros_;
 };
 
 }  // namespace

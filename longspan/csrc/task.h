@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "vector.h"
+#include "unit.h"
 
 namespace {
 
@@ -15,15 +15,19 @@ struct Item {  // one row of the caller's table of work
     int64_t row, rows, key, keys, causal;
 };
 
-template <typename T>
+template <typename T, typename Unit>
 struct Call {
     float* out;
     float* lse;
-    const float* q;
+    const typename Unit::Query* q;
     const T *k, *v;
     int64_t out_row, lse_row, q_row, q_head, k_head, k_slot, v_head, v_slot;
     int64_t kv_heads, group, head_dim;
     float scale;
+
+    // Exponentials are of base 2. The scale goes into queries before the product if they are floats.
+    float query_scale() const { return Unit::SCALES_QUERIES ? scale * LOG2E : 1.0f; }
+    float score_scale() const { return Unit::SCALES_QUERIES ? 1.0f : scale * LOG2E; }
 };
 
 // Keys that a block of queries sees: `keys` slots from `key`; with `causal`, the block's query i

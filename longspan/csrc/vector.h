@@ -212,6 +212,30 @@ inline void sum_each(const Vector* x, float* sums) {
     for (; i < COUNT; ++i) sums[i] = sum(x[i]);
 }
 
+#if defined(__AVX512F__)
+// The sums of sixteen vectors, side by side. At each level two vectors become one: half of the
+// numbers of each stay where they are, the others are brought beside them.
+__attribute__((always_inline)) inline Vector sum_sixteen(const Vector* x) {
+    __m512 four[4];
+    for (int i = 0; i < 4; ++i) {
+        const auto halves = [](__m512 a, __m512 b) {
+            return _mm512_mask_blend_ps(0xff00, a, b) + _mm512_shuffle_f32x4(a, b, 0x4e);
+        };
+        const __m512 a = halves(x[i], x[i + 8]), b = halves(x[i + 4], x[i + 12]);
+        const __m512 rest = _mm512_mask_blend_ps(0xf0f0, b, a);
+        four[i] = _mm512_mask_blend_ps(0xf0f0, a, b) + _mm512_shuffle_f32x4(rest, rest, 0xb1);
+    }
+    const auto pairs = [](__m512 a, __m512 b) {
+        const __m512 rest = _mm512_castpd_ps(
+            _mm512_shuffle_pd(_mm512_castps_pd(a), _mm512_castps_pd(b), 0x55));
+        return _mm512_mask_blend_ps(0xcccc, a, b) + rest;
+    };
+    const __m512 a = pairs(four[0], four[2]), b = pairs(four[1], four[3]);
+    const __m512 rest = _mm512_mask_blend_ps(0xaaaa, b, a);
+    return _mm512_mask_blend_ps(0xaaaa, a, b) + _mm512_permute_ps(rest, 0xb1);
+}
+#endif
+
 // 2^x for x <= 0, 0 below 2^-126: a polynomial of degree 6 (relative error 3e-9) on [-1/2, 1/2].
 inline Vector exp2(Vector x) {
     const Vector magic = splat(12582912.0f);  // adding it rounds to an integer
