@@ -2,7 +2,8 @@
 // what comes after it, in one call each.
 //
 // As modules, a layer of a small model spends more time between its matrix products than in them.
-// x is float32 or bfloat16, as the weights are; all between is float32 and rounded once.
+// x is float32 or bfloat16, as the weights are; what products take is rounded to bfloat16 with them
+// where the CPU has products of pairs, and all else between is float32.
 
 #include "product.h"
 
@@ -26,24 +27,18 @@ struct Layer {
     Linear q, k, v, o, gate, up, down;
 };
 
-float* memory_of(int64_t floats) {
-    static thread_local std::vector<float> memory;
-    if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
-    return memory.data();
-}
-
 // to = weight x / rms(x), which may be in place (RMSNorm, arXiv 1910.07467).
-template <typename T>
-inline void normalize(const Norm& norm, const T* x, float* to, int64_t length) {
+template <typename T, typename To>
+inline void normalize(const Norm& norm, const T* x, To* to, int64_t length) {
     Vector squares = {};
     for (int64_t i = 0; i < length; i += VL) squares += load(x + i) * load(x + i);
     const Vector factor = splat(1.0f / std::sqrt(sum(squares) / length + norm.epsilon));
     for (int64_t i = 0; i < length; i += VL)
-        store(to + i, load(x + i) * factor * load(norm.weight + i));
+        narrow(load(x + i) * factor * load(norm.weight + i), to + i);
 }
 
 template <typename W, typename Take>
-inline void apply(const Linear& linear, const float* x, int64_t rows, int64_t inputs,
+inline void apply(const Linear& linear, const Input<W>* x, int64_t rows, int64_t inputs,
                   const Take& take) {
     const float* bias = linear.bias;
     product(x, rows, static_cast<const W*>(linear.weight), linear.outputs, inputs,
@@ -76,8 +71,8 @@ void before(const Layer& layer, const T* x, const T* cos, const T* sin, int64_t 
             T* v, int64_t rows, int threads) {
     const int64_t hidden = layer.hidden, depth = layer.head_dim;
     const int64_t heads = layer.heads + 2 * layer.kv_heads, width = heads * depth;
-    float* normal = memory_of(rows * (hidden + width));
-    float* all = normal + rows * hidden;
+    float* all = memory_of<BETWEEN>(rows * (width + hidden));
+    auto* normal = reinterpret_cast<Input<T>*>(all + rows * width);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
@@ -113,11 +108,15 @@ template <typename T>
 void after(const Layer& layer, const float* attention, const T* x, T* y, int64_t rows,
            int threads) {
     const int64_t hidden = layer.hidden, inner = layer.gate.outputs;
-    float* sums = memory_of(rows * (2 * hidden + 2 * inner));
-    float *normal = sums + rows * hidden, *gate = normal + rows * hidden, *up = gate + rows * inner;
+    const int64_t width = layer.heads * layer.head_dim;
+    float* sums = memory_of<BETWEEN>(rows * (hidden + 2 * inner + std::max({hidden, width, inner})));
+    float *gate = sums + rows * hidden, *up = gate + rows * inner;
+    auto* input = reinterpret_cast<Input<T>*>(up + rows * inner);  // of one product after the other
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        apply<T>(layer.o, attention, rows, layer.heads * layer.head_dim,
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows * width; i += VL) narrow(load(attention + i), input + i);
+        apply<T>(layer.o, input, rows, width,
                  [=](int64_t output, int64_t row, float value) {
                      const int64_t at = row * hidden + output;
                      sums[at] = widen(x[at]) + value;
@@ -125,17 +124,17 @@ void after(const Layer& layer, const float* attention, const T* x, T* y, int64_t
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; ++r)
-            normalize(layer.norm2, sums + r * hidden, normal + r * hidden, hidden);
+            normalize(layer.norm2, sums + r * hidden, input + r * hidden, hidden);
         const auto keep = [=](float* to) {
             return [=](int64_t output, int64_t row, float value) { to[row * inner + output] = value; };
         };
-        apply<T>(layer.gate, normal, rows, hidden, keep(gate));
-        apply<T>(layer.up, normal, rows, hidden, keep(up));
+        apply<T>(layer.gate, input, rows, hidden, keep(gate));
+        apply<T>(layer.up, input, rows, hidden, keep(up));
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows * inner; i += VL)
-            store(gate + i, silu(load(gate + i)) * load(up + i));
-        apply<T>(layer.down, gate, rows, inner, [=](int64_t output, int64_t row, float value) {
+            narrow(silu(load(gate + i)) * load(up + i), input + i);
+        apply<T>(layer.down, input, rows, inner, [=](int64_t output, int64_t row, float value) {
             const int64_t at = row * hidden + output;
             narrow(sums[at] + value, y + at);
         });

@@ -90,6 +90,17 @@ inline void narrow(float x, BFloat16* to) {
     to->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
 }
 
+// A vector, in a row of either type.
+inline void narrow(Vector x, float* to) { store(to, x); }
+inline void narrow(Vector x, BFloat16* to) {
+#if defined(__AVX512BF16__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+#else
+    for (int i = 0; i < VL; ++i) narrow(x[i], to + i);
+#endif
+}
+
 inline float widen(Float16 x) {
     const uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
     uint32_t word = (rest << 13) + 0x38000000u;          // normal: exponents are 112 apart

@@ -59,7 +59,7 @@ class FastLinear(nn.Linear):
 
     def _few_rows(self, input: Tensor, rows: int) -> Tensor:
         assert self._kernel is not None
-        x, weight, bias = input.float().contiguous(), self.weight, self.bias
+        x, weight, bias = input.contiguous(), self.weight, self.bias
         out = input.new_empty(*input.shape[:-1], self.out_features)
         threads = torch.get_num_threads() if weight.numel() >= PARALLEL_WEIGHTS else 1
         self._kernel(
