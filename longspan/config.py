@@ -168,6 +168,11 @@ class EngineConfig:
         several = self.num_ranks > 1 or self.nnodes > 1
         return self.distributed_executor_backend or ("mp" if several else "uni")
 
+    @property
+    def sizes_pool(self) -> bool:
+        """Whether it says how large the KV pool is, which else follows from free memory."""
+        return self.kv_cache_tokens is not None or self.kv_cache_memory_bytes is not None
+
     def kv_cache_tokens_of(self, rank: int) -> int | None:
         """Capacity asked for on one rank in tokens, or None if it follows from memory."""
         if isinstance(self.kv_cache_tokens, tuple):

@@ -55,7 +55,7 @@ class Share(NamedTuple):
                 start, stop = start - length, stop - length
 
 
-MIN_SHARED_KEYS = 64
+MIN_SHARED_KEYS = 16
 """Fewer are read again for each query sooner than they are brought into one place for all."""
 
 Item = tuple[int, int, int, int, int]

@@ -131,10 +131,20 @@ class Packed {
         const int64_t columns = up(filled_, NR);
         for (int64_t j = filled_; j < columns; ++j)
             key_rows_[j] = value_rows_[j] = reinterpret_cast<const T*>(zeros_);
-        for (int64_t j = 0; j < columns; ++j) {
+        for (int64_t j = 0; j < columns; ++j) scales_[j] = scale_of(key_rows_[j], depth_);
+        for (int64_t j = 0; j < columns; j += VL) {
             float* to = keys_ + j / NR * NR * words_ + j % NR;
-            const float scale = scale_of(key_rows_[j], depth_);
-            for (int64_t i = 0; i < words_; ++i) to[i * NR] = Unit::word(key_rows_[j], i, scale);
+            int64_t i = 0;
+            for (; i + VL <= words_; i += VL) {
+                Vector square[VL];
+                for (int key = 0; key < VL; ++key)
+                    square[key] = Unit::words_of_key(key_rows_[j + key], i, scales_[j + key]);
+                transpose(square);
+                for (int word = 0; word < VL; ++word) store(to + (i + word) * NR, square[word]);
+            }
+            for (; i < words_; ++i)
+                for (int key = 0; key < VL; ++key)
+                    to[i * NR + key] = Unit::word(key_rows_[j + key], i, scales_[j + key]);
         }
         for (int64_t j = 0; j < columns; j += PACE) {
             const T *v = value_rows_[j], *next = value_rows_[j + PACE - 1];
@@ -162,6 +172,7 @@ class Packed {
         if (filled_ == 0) return;
         pack();
         for (int64_t row = 0; row < rows_; row += MR) {
+            call_up(row * filled_ / rows_, std::min(row + MR, rows_) * filled_ / rows_);
             int64_t seen = filled_;
             if (diagonal >= 0) {
                 const int64_t last = std::min(row + MR, rows_) - 1;
@@ -171,6 +182,14 @@ class Packed {
             attend(row, seen, diagonal);
         }
         filled_ = 0;
+    }
+
+    // Ask for what is likely to be the next block, in the places of some keys of this one.
+    void call_up(int64_t first, int64_t last) const {
+        for (int64_t j = first; j < last; ++j)
+            for (const T* row : {key_rows_[j] + NB * call_.k_slot, value_rows_[j] + NB * call_.v_slot})
+                for (int64_t d = 0; d < depth_; d += 64 / static_cast<int64_t>(sizeof(T)))
+                    __builtin_prefetch(row + d, 0, 2);
     }
 
     void attend(int64_t row, int64_t seen, int64_t diagonal) {
@@ -196,6 +215,7 @@ class Packed {
     const int64_t depth_, words_, width_;
     int64_t rows_ = 0, filled_ = 0;
     const T *key_rows_[NB], *value_rows_[NB];
+    float scales_[NB];  // of keys
     float *queries_, *sums_, *keys_, *values_, *scores_, *most_, *total_, *zeros_;
 };
 

@@ -21,6 +21,11 @@ struct Floats {
     template <typename Number>
     static float word(const Number* p, int64_t i, float scale) { return widen(p[i]) * scale; }
 
+    // VL words of a key.
+    static Vector words_of_key(const T* key, int64_t i, float scale) {
+        return load(key + i) * splat(scale);
+    }
+
     // 2 VL columns of PACE rows of values, as words; no second row counts as zeros.
     static void words(const T* values, const T*, float scale, Vector (&x)[2]) {
         x[0] = load(values) * splat(scale), x[1] = load(values + VL) * splat(scale);
@@ -77,6 +82,10 @@ struct Pairs {
         float bits;
         __builtin_memcpy(&bits, key + 2 * i, sizeof bits);
         return bits;
+    }
+
+    static Vector words_of_key(const BFloat16* key, int64_t i, float) {
+        return load(reinterpret_cast<const float*>(key + 2 * i));
     }
 
     static void words(const BFloat16* values, const BFloat16* next, float, Vector (&x)[2]) {

@@ -204,6 +204,30 @@ inline __m256 sum_halves(const Vector* x) {
 }
 #endif
 
+// VL vectors as the columns of a square become its rows: in each round the vectors of a pair, some
+// places apart, exchange what lies as many places apart in them.
+inline void transpose(Vector (&x)[VL]) {
+    const auto exchange = [&](auto distance) {
+        constexpr int D = decltype(distance)::value;
+        Ints low, high;
+        for (int i = 0; i < VL; ++i) {
+            low[i] = i & D ? VL + i - D : i;
+            high[i] = i & D ? VL + i : i + D;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; ++i) {
+            if (i & D) continue;
+            const Vector a = x[i], b = x[i + D];
+            x[i] = __builtin_shuffle(a, b, low);
+            x[i + D] = __builtin_shuffle(a, b, high);
+        }
+    };
+    exchange(std::integral_constant<int, 1>());
+    exchange(std::integral_constant<int, 2>());
+    if constexpr (VL > 4) exchange(std::integral_constant<int, 4>());
+    if constexpr (VL > 8) exchange(std::integral_constant<int, 8>());
+}
+
 // The sums of COUNT vectors, side by side; each is added up in the same order.
 template <int COUNT>
 inline void sum_each(const Vector* x, float* sums) {

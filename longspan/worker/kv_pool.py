@@ -32,12 +32,15 @@ class KVPool:
         self.page_size = page_size
         shape = (num_layers, 2, num_kv_heads, num_pages * page_size, row_length(head_dim, dtype))
         self.data = (
-            huge_pages.empty(shape, dtype)
+            huge_pages.zeros(shape, dtype)
             if device.type == "cpu"
             else torch.empty(shape, dtype=dtype, device=device)
         )
-
         self._planes = [layer.unbind() for layer in self.data]
+
+    def take_memory(self) -> None:
+        """Take all of the pool's memory now, not at the first use of each part of it."""
+        self.data.zero_()
 
     def slots(self, extents: Sequence[Extent], first: int, last: int) -> Tensor:
         """The slots [last - first] of tokens first .. last - 1 of a request's share."""

@@ -37,16 +37,12 @@ class FastLinear(nn.Linear):
         self.training = linear.training
         dtype = self.weight.dtype
         self._kernel = _kernel_of(dtype) if self._suits_kernel() else None
-        # PyTorch's own product with one row of half precision reads weights as fast as ours.
-        self._least_rows = 1 if dtype == torch.float32 else 2
         self._is_widened = not _is_native(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N], of the same dtype."""
         rows = input.numel() // self.in_features
-        if rows < self._least_rows:
-            return super().forward(input)
-        if self._kernel is not None and rows <= MOST_ROWS:
+        if self._kernel is not None and 0 < rows <= MOST_ROWS:
             return self._few_rows(input, rows)
         return self._by_widened_blocks(input) if self._is_widened else super().forward(input)
 

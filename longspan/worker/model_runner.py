@@ -70,6 +70,8 @@ class ModelRunner:
             getattr(torch, spec.kv_cache_dtype),
             device,
         )
+        if config.sizes_pool:  # by default it is half of what is free, which others may want too
+            self.pool.take_memory()
 
     @torch.inference_mode()
     def execute(self, plan: RankPlan) -> RankResult:
