@@ -72,16 +72,16 @@ CPU_THREAD = Rates(
     step_seconds=2e-3,
     linear_flops=90e9,
     attention_flops=90e9,
-    memory_bytes=12e9,
-    attend_seconds=100e-6,
+    memory_bytes=20e9,
+    attend_seconds=60e-6,
     links={"host": LinkRates(seconds=110e-6, bytes=2.4e9, overlap=0.0), "network": ETHERNET},
 )
 """One thread of a server CPU, measured in float32 on 2 cores of an AMD EPYC (AVX-512).
 
 Linear layers of 512 to 1536 numbers: 93e9 flops/s for 512 tokens, 77e9 for 64. Attention (8 query
 heads, 2 KV heads, size 64) of 512 tokens over 8192 cached ones: 90e9; among 512 new ones, of which
-half is masked: 44e9. One token's over few keys takes 100 to 180 us with its merge; it reads 32768
-tokens' KV at 11e9 bytes/s, its linear layers weights at 15e9 to 21e9. An exchange between two
+half is masked: 80e9. One token's over few keys takes some 60 us with all that Python does for it;
+it reads 32768 tokens' KV at 20e9 to 27e9 bytes/s, its linear layers weights at 20e9. An exchange between two
 processes over gloo takes 100 to 160 us, and 1 MiB or more each way 2.0e9 to 2.6e9 bytes/s; the
 cores that compute copy it, so nothing overlaps. A step of one token through a model of tiny layers
 takes 0.85 ms with 3 of them and 2.7 ms with 12. Between hosts see `ETHERNET`.

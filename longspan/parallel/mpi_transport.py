@@ -1,5 +1,6 @@
 """Tensors between ranks over MPI: through shared memory, where ranks share a host."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 
@@ -14,8 +15,9 @@ from mpi4py import MPI  # noqa: E402
 
 __all__ = ["MPI", "MPITransport"]
 
-SPIN_SECONDS = 100e-6
-"""How long a rank asks without pause whether a message has come."""
+SPIN_SECONDS, SPIN_SECONDS_OF_MANY = 1e-3, 100e-6
+"""How long a rank asks without pause whether a message has come, and how long where the ranks of a
+host are more than its cores: others that wait for a core may be those whom it waits for."""
 SLEEP_PART = 0.05
 """How long it then sleeps between two questions, as part of what it has waited already."""
 MAX_SLEEP_SECONDS = 1e-3
@@ -36,6 +38,8 @@ class MPITransport(Transport):
         topology = topology or Topology.of_hosts([communicator.size])
         super().__init__(communicator.rank, topology)
         self._communicator = communicator
+        few = topology.num_ranks_beside(self.rank) <= len(os.sched_getaffinity(0))
+        self._spin_seconds = SPIN_SECONDS if few else SPIN_SECONDS_OF_MANY
 
     def _start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Wait:
         # Sends first: a receive whose message is there already takes the time to copy it.
@@ -49,7 +53,7 @@ class MPITransport(Transport):
         under_way = [sends, receives]  # so that their memory stays
 
         def wait() -> None:
-            _wait_for(requests)
+            _wait_for(requests, self._spin_seconds)
             under_way.clear()
 
         return wait
@@ -63,11 +67,11 @@ def _parts(tensor: Tensor) -> Iterator[MPI.buffer]:
         yield MPI.buffer.fromaddress(tensor.data_ptr() + start, size)
 
 
-def _wait_for(requests: list[MPI.Request]) -> None:
+def _wait_for(requests: list[MPI.Request], spin_seconds: float) -> None:
     if MPI.Request.Testall(requests):
         return
     begun = time.perf_counter()
     while not MPI.Request.Testall(requests):
         waited = time.perf_counter() - begun
-        if waited > SPIN_SECONDS:
+        if waited > spin_seconds:
             time.sleep(min(SLEEP_PART * waited, MAX_SLEEP_SECONDS))

@@ -175,7 +175,7 @@ def test_a_failed_step_ends_all_requests(
     kind: type[Exception], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def work() -> None:
-        engine, executor = simulated_engine([100, 100])
+        engine, executor = simulated_engine([50_000, 50_000])  # room for all of FOREVER
         front = front_of(engine)
         streams = [front.submit([[n]], FOREVER, request_id=str(n)) for n in range(3)]
         await anext(streams[0])
