@@ -190,9 +190,17 @@ def attend(
     return finish(STRATEGIES[strategy](layer))
 
 
-def assert_close(actual: AttentionState, expected: AttentionState) -> None:
+def assert_close(
+    actual: AttentionState, expected: AttentionState, dtype: torch.dtype = torch.float32
+) -> None:
+    """States of inputs of a dtype are the same in float32. But for this: where the CPU multiplies
+    pairs of bfloat16, weights are rounded to it, half a unit in the last place (`test_native.py`);
+    values are about 1."""
     assert actual.out.dtype == actual.lse.dtype == torch.float32
-    torch.testing.assert_close(actual.out, expected.out, atol=2e-6, rtol=1e-5)
+    atol = 2e-6
+    if dtype == torch.bfloat16:
+        atol += 2**-8 * max(float(expected.out.abs().max()), 1.0) if len(expected.out) else 0.0
+    torch.testing.assert_close(actual.out, expected.out, atol=atol, rtol=1e-5)
     torch.testing.assert_close(actual.lse, expected.lse, atol=2e-6, rtol=1e-5)
 
 
@@ -201,7 +209,8 @@ def assert_expected(request: Request, states: Sequence[AttentionState], shape: S
     one_device = expected(request.num_cached, request.num_new, shape)
     for rank, queries in zip(request.ranks, request.queries, strict=True):
         rows = tokens(queries)
-        assert_close(states[rank], AttentionState(one_device.out[rows], one_device.lse[rows]))
+        of_rank = AttentionState(one_device.out[rows], one_device.lse[rows])
+        assert_close(states[rank], of_rank, shape.dtype)
 
 
 topologies = st.lists(st.integers(1, 3), min_size=1, max_size=4).map(Topology.of_hosts)

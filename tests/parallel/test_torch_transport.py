@@ -259,7 +259,7 @@ def assert_group_agrees(
     work = partial(on_this_rank, layout, shape, strategy, causal)
     states = run_group(world, len(layout.queries), work)
     for state, expected in zip(states, on_one_process(layout, shape, causal), strict=True):
-        assert_close(state, expected)
+        assert_close(state, expected, shape.dtype)
 
 
 @each_strategy
