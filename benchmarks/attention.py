@@ -34,7 +34,8 @@ Row = dict[str, Any]
 def seconds_of(queries: int, requests: int, keys: int, head_dim: int, dtype: torch.dtype) -> float:
     """Of so many queries of each request over so many keys of its own."""
     kernel = kernel_for(torch.device("cpu"))
-    q = torch.randn(queries * requests, HEADS, head_dim).to(dtype if dtype.is_floating_point else torch.float32)
+    q = torch.randn(queries * requests, HEADS, head_dim)
+    q = q.to(dtype if dtype.is_floating_point else torch.float32)
     kv = encode(torch.randn(2, KV_HEADS, keys * requests, head_dim), dtype)
     tile = Tile(slice(0, queries), slice(0, keys), causal=False)
     work = Work(

@@ -12,7 +12,7 @@ from longspan.engine.teams import Team, Teams
 MAX_SHARES = 4
 """Prompts too long for what is left of a step share it, but not among more than so many."""
 
-ALONE = 4
+ALONE = 8
 """A prompt that keeps nobody waiting may take so many times as long, as longer steps cost less."""
 
 

@@ -21,8 +21,8 @@ _ALIGNMENT = 64
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor of zeros, of which no memory is taken yet. Raises MemoryError.
 
-    A page of memory is taken at its first use, which costs 0.3 to 3 ms in a virtual machine; writing
-    to all of it, even zeros, takes it now.
+    A page of memory is taken at its first use, which costs 0.3 to 3 ms in a virtual machine;
+    writing to all of it, even zeros, takes it now.
     """
     size = math.prod(shape) * dtype.itemsize
     try:

@@ -48,7 +48,7 @@ class InProcessExecutor:
             if bars:
                 logging.enable_progress_bar()
         self.num_pages = tuple(runner.pool.num_pages for runner in self._runners)
-        self.rates = rates_of(self._runners[0].device)
+        self.rates = rates_of(self._runners[0].device, self._runners[0].dtype)
 
     def start(self, plans: Mapping[int, RankPlan]) -> None:
         """Begin a step on ranks that are not at work.

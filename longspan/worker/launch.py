@@ -10,7 +10,7 @@ from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-de
 from transformers.utils import logging
 
 from longspan.config import EngineConfig
-from longspan.cost.rates import CPU_THREAD, CUDA, Rates
+from longspan.cost.rates import CPU_THREAD, CPU_THREAD_IN_PAIRS, CUDA, Rates
 from longspan.errors import ConfigError
 from longspan.parallel.staged_transport import StagedTransport
 from longspan.parallel.transport import ThreadTransport, TorchTransport, Transport
@@ -58,9 +58,12 @@ def device_of(config: EngineConfig, topology: Topology, rank: int) -> torch.devi
     return torch.device("cuda", topology.devices[rank] % found)
 
 
-def rates_of(device: torch.device) -> Rates:
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
     """What this process's device is taken to do: figures for its kind, not yet measured ones."""
-    return CUDA if device.type == "cuda" else CPU_THREAD.of_threads(torch.get_num_threads())
+    if device.type == "cuda":
+        return CUDA
+    in_pairs = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return (CPU_THREAD_IN_PAIRS if in_pairs else CPU_THREAD).of_threads(torch.get_num_threads())
 
 
 def _connect(start: Start, device: torch.device) -> Transport:

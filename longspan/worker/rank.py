@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from longspan.errors import LongspanError
 from longspan.worker.channel import Channel, Done, Execute, Failed, Measure, Measured, Ready, Start
+from longspan.worker.heap import settle_heap
 from longspan.worker.preload import preload
 
 __all__ = ["serve"]
@@ -50,6 +51,7 @@ def _obey(channel: Channel) -> None:
     start = channel.receive()
     assert isinstance(start, Start)
     preload()
+    settle_heap()
     from longspan.worker.digest import model_digest
     from longspan.worker.launch import launch, rates_of
     from longspan.worker.measure import measure, measure_links
@@ -57,8 +59,8 @@ def _obey(channel: Channel) -> None:
     runner = launch(start)
     digest = model_digest(runner.model)
     messages = measure_links(runner) if start.config.calibration is None else ()
-    transport = runner.transport.name
-    channel.send(Ready(runner.pool.num_pages, rates_of(runner.device), messages, digest, transport))
+    rates, transport = rates_of(runner.device, runner.dtype), runner.transport.name
+    channel.send(Ready(runner.pool.num_pages, rates, messages, digest, transport))
     while True:
         message = channel.receive()
         if isinstance(message, Measure):

@@ -116,7 +116,7 @@ class Expected:
 def serve(folder: Path, trace: Trace, expected: Expected) -> tuple[LLM, list[Group]]:
     groups: list[Group] = []
     with (
-        patch("longspan.worker.in_process.rates_of", lambda device: trace.rates),
+        patch("longspan.worker.in_process.rates_of", lambda device, dtype: trace.rates),
         LLM(
             str(folder),
             page_size=PAGE_SIZE,
