@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-__all__ = ["NUMBER", "POINTER", "SOURCES", "THREADS", "function", "library"]
+__all__ = ["NUMBER", "POINTER", "SOURCES", "THREADS", "found", "function", "library"]
 
 SOURCES = Path(__file__).parent / "csrc"
 POINTER, NUMBER, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -51,6 +51,13 @@ def function(kernels: ctypes.CDLL, name: str, arguments: Sequence[Any]) -> Calla
     found = getattr(kernels, f"longspan_{name}")
     found.argtypes, found.restype = arguments, None
     return cast(Callable[..., None], found)
+
+
+@cache
+def found(source: Path, name: str, arguments: tuple[Any, ...]) -> Callable[..., None] | None:
+    """A function of a source file's library, made ready once; None where there is no library."""
+    kernels = library(source)
+    return None if kernels is None else function(kernels, name, arguments)
 
 
 def _compiler() -> str:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from longspan.compiled import NUMBER, POINTER, SOURCES, THREADS, function, library
+from longspan.compiled import NUMBER, POINTER, SOURCES, THREADS, found
 
+_SOURCE = SOURCES / "attention.cpp"
 _ARGUMENTS = (*[POINTER] * 3, NUMBER, POINTER, *[NUMBER] * 3, THREADS)
 """As in `csrc/attention.cpp`."""
 
@@ -18,9 +19,9 @@ def absorb(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> bo
     All are float32. False, and nothing is done, where it can't be: not on a CPU, no compiler, or
     tensors whose rows are not at one distance from each other.
     """
-    kernels = library(SOURCES / "attention.cpp") if out.is_cpu else None
+    kernel = found(_SOURCE, "absorb", _ARGUMENTS) if out.is_cpu else None
     rows = lse.numel()
-    if kernels is None or rows == 0 or not (out.is_contiguous() and lse.is_contiguous()):
+    if kernel is None or rows == 0 or not (out.is_contiguous() and lse.is_contiguous()):
         return False
     heads = lse.shape[1]
     other_row, lse_row = other_out.stride(1), other_lse.stride(1)
@@ -30,7 +31,7 @@ def absorb(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> bo
         or other_lse.stride(0) != heads * lse_row
     ):
         return False
-    function(kernels, "absorb", _ARGUMENTS)(
+    kernel(
         out.data_ptr(),
         lse.data_ptr(),
         other_out.data_ptr(),

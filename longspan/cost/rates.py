@@ -80,11 +80,11 @@ CPU_THREAD = Rates(
 
 Linear layers of 512 to 1536 numbers: 93e9 flops/s for 512 tokens, 77e9 for 64. Attention (8 query
 heads, 2 KV heads, size 64) of 512 tokens over 8192 cached ones: 90e9; among 512 new ones, of which
-half is masked: 63e9. One token's over few keys takes some 60 us with all that Python does for
-it; it reads 32768 tokens' KV at 20e9 to 27e9 bytes/s, its linear layers weights at 20e9. An
-exchange between two processes over gloo takes 100 to 160 us, and 1 MiB or more each way 2.0e9 to
-2.6e9 bytes/s; the cores that compute copy it, so nothing overlaps. A step of one token through a model of tiny layers
-takes 0.85 ms with 3 of them and 2.7 ms with 12. Between hosts see `ETHERNET`.
+half is masked: 63e9. One token's over few keys takes some 60 us with all that Python does for it;
+it reads 32768 tokens' KV at 20e9 to 27e9 bytes/s, its linear layers weights at 20e9. An exchange
+between two processes over gloo takes 100 to 160 us, and 1 MiB or more each way 2.0e9 to
+2.6e9 bytes/s; the cores that compute copy it, so nothing overlaps. A step of one token through a
+model of tiny layers takes 0.85 ms with 3 of them and 2.7 ms with 12. Between hosts see `ETHERNET`.
 """
 
 CPU_THREAD_IN_PAIRS = replace(CPU_THREAD, linear_flops=150e9, attention_flops=150e9)

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from longspan.compiled import NUMBER, POINTER, SOURCES, function, library
+from longspan.compiled import NUMBER, POINTER, SOURCES, found
 
+_SOURCE = SOURCES / "scatter.cpp"
 _ARGUMENTS = (POINTER, NUMBER, NUMBER, POINTER, POINTER, *[NUMBER] * 5)
 """As in `csrc/scatter.cpp`."""
 
@@ -12,12 +13,12 @@ def scatter(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
     """Put rows [T, G, D] into slots [T] of `pool` [G, S, D], of the same type."""
     assert rows.dtype == pool.dtype, (rows.dtype, pool.dtype)
     assert rows.shape[2] == pool.shape[2], (rows.shape, pool.shape)
-    kernels = library(SOURCES / "scatter.cpp") if pool.is_cpu else None
-    if kernels is None or rows.stride(2) != 1 or not slots.is_contiguous():
+    kernel = found(_SOURCE, "scatter", _ARGUMENTS) if pool.is_cpu else None
+    if kernel is None or rows.stride(2) != 1 or not slots.is_contiguous():
         pool.index_copy_(1, slots, rows.transpose(0, 1))
         return
     size = pool.itemsize
-    function(kernels, "scatter", _ARGUMENTS)(
+    kernel(
         pool.data_ptr(),
         pool.stride(0) * size,
         pool.stride(1) * size,
