@@ -19,10 +19,14 @@ VOCAB_SIZE = 4096
 
 
 def machine() -> str:
+    """The processor, what its vector units do, and how many cores there are."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    units = torch.backends.cpu.get_cpu_capability()
+    if torch.cpu._is_avx512_bf16_supported():
+        units += " with bfloat16"
+    return f"{names[0] if names else platform.machine()} ({units}), {os.cpu_count()} cores"
 
 
 def one_thread_each() -> None:

@@ -140,8 +140,13 @@ def test_half_precision_gives_the_state_of_the_widened_inputs(
     dtype: torch.dtype, causal: bool
 ) -> None:
     halves = [x.to(dtype) for x in inputs(50, 50)]
-    widened = [x.float() for x in halves]
-    assert_close(attention(*halves, causal=causal), attention(*widened, causal=causal))
+    q, k, v = (x.float() for x in halves)
+    state, exact = attention(*halves, causal=causal), attention(q, k, v, causal=causal)
+    torch.testing.assert_close(state.lse, exact.lse, atol=2e-6, rtol=1e-5)
+    # Where the CPU multiplies pairs of bfloat16, weights are rounded: half a unit in the last place.
+    weight = 2**-8 if dtype == torch.bfloat16 else 0.0
+    off = weight * attention(q, k, v.abs(), causal=causal).out + 2e-6 + 1e-5 * exact.out.abs()
+    assert bool(((state.out - exact.out).abs() <= off).all())
 
 
 @pytest.mark.parametrize("causal", [False, True])

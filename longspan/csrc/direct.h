@@ -35,7 +35,7 @@ class Direct {
         if (rows == 1) attend<1>(task);
         else if (rows == 2) attend<2>(task);
         else if (rows <= 4) attend<4>(task);
-        else attend<8>(task);
+        else attend<FEW>(task);
         restore_order();
         return {sums_, most_, total_};
     }

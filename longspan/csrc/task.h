@@ -8,7 +8,8 @@
 namespace {
 
 constexpr int NB = 128;         // keys of a block
-constexpr int FEW = 8;          // queries (of a group of heads) up to which keys are not packed
+// Queries (of a group of heads) up to which keys are not packed: a vector has a score of each.
+constexpr int FEW = VL < 8 ? VL : 8;
 constexpr int ALIGNMENT = 64;   // bytes
 
 struct Item {  // one row of the caller's table of work

@@ -1,8 +1,10 @@
 """The compiled kernel, over keys that lie anywhere in a pool, is the reference."""
 
 import math
+import platform
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from test_kernels import assert_equal, attention_in_float64
 from torch import Tensor
 
+from longspan import compiled
 from longspan.attention import cpu, native, reference
 from longspan.attention.kernel import Kernel, kernel_for
 from longspan.attention.kv_format import encode
@@ -30,9 +33,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="module")
 def kernel() -> Kernel:
-    compiled = library(native.SOURCE)
-    assert compiled is not None
-    return native.Native(compiled)
+    built = library(native.SOURCE)
+    assert built is not None
+    return native.Native(built)
 
 
 def random_inputs(
@@ -85,6 +88,23 @@ def test_it_is_the_reference(
             assert_close(
                 run(kernel, q, kv, work, head_dim**-0.5), run(expected, q, kv, work, head_dim**-0.5)
             )
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="asks for another x86 processor")
+def test_the_narrowest_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 floats; this machine's own are wider."""
+    flags = tuple(flag.replace("native", "x86-64") for flag in compiled._FLAGS)
+    monkeypatch.setattr(compiled, "_FLAGS", flags)
+    built = library.__wrapped__(native.SOURCE)
+    assert built is not None
+    narrow, expected = native.Native(built), Tiled(reference.attention)
+    for heads, head_dim, dtype in product(
+        [(8, 2), (16, 2), (6, 6)], (64, 72), (*DTYPES, torch.int8)
+    ):
+        for tokens, keys in SHAPES:
+            q, kv = random_inputs(tokens, keys, heads, head_dim)
+            kv, work = encode(kv, dtype), whole(tokens, keys)
+            assert_close(run(narrow, q, kv, work, 0.1), run(expected, q, kv, work, 0.1))
 
 
 def test_its_error_is_that_of_float32(kernel: Kernel) -> None:

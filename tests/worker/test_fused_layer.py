@@ -63,7 +63,7 @@ def assert_close(found: Tensor, expected: Tensor, exact: Tensor) -> None:
     mean square, as the largest of some hundred errors is chance."""
     own, error = ((x.double() - exact).square().mean().sqrt() for x in (expected, found))
     size = exact.square().mean().sqrt()
-    assert error <= 1.2 * own + 1e-6 * size, (error, own, size)
+    assert error <= 1.2 * own + 5e-6 * size, (error, own, size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
