@@ -143,7 +143,7 @@ def test_half_precision_gives_the_state_of_the_widened_inputs(
     q, k, v = (x.float() for x in halves)
     state, exact = attention(*halves, causal=causal), attention(q, k, v, causal=causal)
     torch.testing.assert_close(state.lse, exact.lse, atol=2e-6, rtol=1e-5)
-    # Where the CPU multiplies pairs of bfloat16, weights are rounded: half a unit in the last place.
+    # Where the CPU multiplies pairs of bfloat16, weights are rounded: half their last unit.
     weight = 2**-8 if dtype == torch.bfloat16 else 0.0
     off = weight * attention(q, k, v.abs(), causal=causal).out + 2e-6 + 1e-5 * exact.out.abs()
     assert bool(((state.out - exact.out).abs() <= off).all())

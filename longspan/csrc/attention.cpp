@@ -142,7 +142,7 @@ void attend(const Call<T, Unit>& call, const Item* items, int64_t num_items, int
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (tasks.size() > 1)
     for (size_t i = 0; i < tasks.size(); ++i) {
         const Task& task = tasks[i];
-        if (direct_fits && task.rows * call.group <= FEW) {
+        if (direct_fits && task.rows * call.group <= DIRECT) {
             Direct<T, Unit> few(call);
             finish(task, few.run(task), few.width());
         } else {

@@ -14,30 +14,30 @@ class Direct {
   public:
     explicit Direct(const Call<T, Unit>& call)
         : call_(call), depth_(call.head_dim), words_(call.head_dim / PACE) {
-        scratch.lay_out({FEW * depth_, FEW * depth_, FEW * DIRECT_KEYS},
-                        {&queries_, &sums_, &scores_});
+        scratch.lay_out({DIRECT * depth_, DIRECT * depth_, FEW * DIRECT_KEYS},
+                        {&all_queries_, &all_sums_, &scores_});
     }
 
     Result run(const Task& task) {
-        const int64_t rows = task.rows * call_.group;
-        for (int64_t r = 0; r < FEW; ++r) {
+        const int64_t rows = task.rows * call_.group, all = up(rows, FEW);
+        for (int64_t r = 0; r < all; ++r) {
             const int64_t row = task.row + r / call_.group;
             const int64_t head = task.head * call_.group + r % call_.group;
             const auto* from = call_.q + row * call_.q_row + head * call_.q_head;
-            auto* to = reinterpret_cast<typename Unit::Query*>(queries_ + r * words_);
+            auto* to = reinterpret_cast<typename Unit::Query*>(all_queries_ + r * words_);
             for (int64_t d = 0; d < depth_; ++d)
                 to[d] = r < rows ? Unit::query(from[Unit::number_at(d)], call_.query_scale())
-                             : typename Unit::Query{};
+                                 : typename Unit::Query{};
         }
-        std::fill_n(sums_, FEW * depth_, 0.0f);
-        std::fill_n(most_, FEW, NONE);
-        std::fill_n(total_, FEW, 0.0f);
-        if (rows == 1) attend<1>(task);
-        else if (rows == 2) attend<2>(task);
-        else if (rows <= 4) attend<4>(task);
-        else attend<FEW>(task);
-        restore_order();
-        return {sums_, most_, total_};
+        std::fill_n(all_sums_, all * depth_, 0.0f);
+        std::fill_n(all_most_, all, NONE);
+        std::fill_n(all_total_, all, 0.0f);
+        if (rows == 1) attend<1>(task, rows);
+        else if (rows == 2) attend<2>(task, rows);
+        else if (rows <= 4) attend<4>(task, rows);
+        else attend<FEW>(task, rows);
+        restore_order(all);
+        return {all_sums_, all_most_, all_total_};
     }
 
     int64_t width() const { return depth_; }
@@ -46,31 +46,41 @@ class Direct {
     static constexpr int PACE = Unit::PACE;
     static constexpr int PARTS = 2 / PACE;  // vectors of words that are 2 VL numbers of a key
 
+    // Each block of keys meets ROWS queries after the other while it is in cache.
     template <int ROWS>
-    void attend(const Task& task) {
+    void attend(const Task& task, int64_t rows) {
         for (const Span& span : task.spans)
-            for (int64_t first = 0; first < span.keys; first += DIRECT_KEYS) {
-                const int64_t keys = std::min<int64_t>(DIRECT_KEYS, span.keys - first);
-                const T* k = call_.k + task.head * call_.k_head + (span.key + first) * call_.k_slot;
-                const T* v = call_.v + task.head * call_.v_head + (span.key + first) * call_.v_slot;
-                const T* next = first + DIRECT_KEYS < span.keys ? k + DIRECT_KEYS * call_.k_slot : k;
-                score<ROWS>(k, v, keys);
-                multiply<ROWS>(k, call_.k_slot, keys);
-                if (span.causal)
-                    for (int r = 0; r < ROWS; ++r)
-                        for (int64_t j = std::max<int64_t>(r / call_.group - first + 1, 0);
-                             j < keys; ++j)
-                            scores_[j * ROWS + r] = NONE;
-                float factors[ROWS];
-                soften<ROWS>(keys, factors);
-                multiply<ROWS>(v, call_.v_slot, keys);
-                constexpr int PAIRS = ROWS > 4 ? 1 : (VL == 16 ? 8 : 4) / ROWS;  // by registers
-                int64_t d = 0;
-                for (; d + PAIRS * 2 * VL <= depth_; d += PAIRS * 2 * VL)
-                    weigh<ROWS, PAIRS>(v + d, keys, sums_ + d, factors, next + d * keys);
-                for (; d < depth_; d += 2 * VL)
-                    weigh<ROWS, 1>(v + d, keys, sums_ + d, factors, next + d * keys);
-            }
+            for (int64_t first = 0; first < span.keys; first += DIRECT_KEYS)
+                for (int64_t row = 0; row < rows; row += ROWS) {
+                    queries_ = all_queries_ + row * words_;
+                    sums_ = all_sums_ + row * depth_;
+                    most_ = all_most_ + row, total_ = all_total_ + row;
+                    attend_to<ROWS>(task, span, first, row);
+                }
+    }
+
+    template <int ROWS>
+    void attend_to(const Task& task, const Span& span, int64_t first, int64_t row) {
+        const int64_t keys = std::min<int64_t>(DIRECT_KEYS, span.keys - first);
+        const T* k = call_.k + task.head * call_.k_head + (span.key + first) * call_.k_slot;
+        const T* v = call_.v + task.head * call_.v_head + (span.key + first) * call_.v_slot;
+        const T* next = first + DIRECT_KEYS < span.keys ? k + DIRECT_KEYS * call_.k_slot : k;
+        score<ROWS>(k, v, keys);
+        multiply<ROWS>(k, call_.k_slot, keys);
+        if (span.causal)
+            for (int r = 0; r < ROWS; ++r)
+                for (int64_t j = std::max<int64_t>((row + r) / call_.group - first + 1, 0);
+                     j < keys; ++j)
+                    scores_[j * ROWS + r] = NONE;
+        float factors[ROWS];
+        soften<ROWS>(keys, factors);
+        multiply<ROWS>(v, call_.v_slot, keys);
+        constexpr int PAIRS = ROWS > 4 ? 1 : (VL == 16 ? 8 : 4) / ROWS;  // by registers
+        int64_t d = 0;
+        for (; d + PAIRS * 2 * VL <= depth_; d += PAIRS * 2 * VL)
+            weigh<ROWS, PAIRS>(v + d, keys, sums_ + d, factors, next + d * keys);
+        for (; d < depth_; d += 2 * VL)
+            weigh<ROWS, 1>(v + d, keys, sums_ + d, factors, next + d * keys);
     }
 
     // Scores [keys, ROWS]; the values that will be read next are called up.
@@ -200,18 +210,20 @@ class Direct {
             }
     }
 
-    void restore_order() {
+    void restore_order(int64_t rows) {
         if (Unit::number_at(1) == 1) return;
-        for (int64_t r = 0; r < FEW; ++r) {
-            std::copy_n(sums_ + r * depth_, depth_, queries_);
-            for (int64_t d = 0; d < depth_; ++d)
-                sums_[r * depth_ + Unit::number_at(d)] = queries_[d];
+        for (int64_t r = 0; r < rows; ++r) {
+            float* sums = all_sums_ + r * depth_;
+            std::copy_n(sums, depth_, all_queries_);
+            for (int64_t d = 0; d < depth_; ++d) sums[Unit::number_at(d)] = all_queries_[d];
         }
     }
 
     const Call<T, Unit>& call_;
     const int64_t depth_, words_;
-    float *queries_, *sums_, *scores_, most_[FEW], total_[FEW];
+    float *all_queries_, *all_sums_, all_most_[DIRECT], all_total_[DIRECT];
+    float *queries_, *sums_, *most_, *total_;  // of those that meet a block now
+    float* scores_;
 };
 
 }  // namespace

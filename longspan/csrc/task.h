@@ -8,8 +8,9 @@
 namespace {
 
 constexpr int NB = 128;         // keys of a block
-// Queries (of a group of heads) up to which keys are not packed: a vector has a score of each.
-constexpr int FEW = VL < 8 ? VL : 8;
+// Queries (of a group of heads) that meet a key at once where keys are not packed: a vector has a
+// score of each. And how many there may be, in rounds that cost less than packing.
+constexpr int FEW = VL < 8 ? VL : 8, DIRECT = 4 * FEW;
 constexpr int ALIGNMENT = 64;   // bytes
 
 struct Item {  // one row of the caller's table of work
