@@ -38,26 +38,13 @@ class FastLinear(nn.Linear):
         dtype = self.weight.dtype
         self._kernel = _kernel_of(dtype) if self._suits_kernel() else None
         self._is_widened = not _is_native(dtype)
-        # Faster than MKL's product, which PyTorch takes, where that was measured: AVX-512.
-        self._by_onednn = (
-            dtype == torch.float32
-            and torch.backends.mkldnn.is_available()
-            and torch.cpu._is_avx512_supported()
-        )
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N], of the same dtype."""
         rows = input.numel() // self.in_features
         if self._kernel is not None and 0 < rows <= MOST_ROWS:
             return self._few_rows(input, rows)
-        if self._is_widened:
-            return self._by_widened_blocks(input)
-        if self._by_onednn:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(
-                input.contiguous(), self.weight, self.bias, "none", [], ""
-            )
-            return out
-        return super().forward(input)
+        return self._by_widened_blocks(input) if self._is_widened else super().forward(input)
 
     def _suits_kernel(self) -> bool:
         return (
