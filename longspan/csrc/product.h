@@ -44,8 +44,9 @@ template <typename T>
 using Input = typename Words<T>::Input;
 
 // Calls `take(output, row, sum)` for ROWS rows of x, counted from `row`. Meanwhile weights that will
-// be read next are called up: a line for each vector of inputs, from `ahead` on. An address that is
-// not there does no harm.
+// be read next are called up: for one row as many as are used, for several, which use each of them
+// several times, a line for each vector of inputs, from `ahead` on. An address that is not there does
+// no harm.
 template <int COUNT, int ROWS, typename Words, typename X, typename W, typename Take>
 inline void meet(const X* x, int64_t row, const W* w, int64_t output, int64_t inputs,
                  const char* ahead, const Take& take) {
@@ -55,6 +56,7 @@ inline void meet(const X* x, int64_t row, const W* w, int64_t output, int64_t in
         for (int r = 0; r < ROWS; ++r) own[r] = in_register(load(x + (row + r) * inputs + i));
         for (int o = 0; o < COUNT; ++o) {
             const Vector weights = in_register(load(w + o * inputs + i));
+            if (ROWS == 1) __builtin_prefetch(w + (COUNT + o) * inputs + i, 0, 2);
             for (int r = 0; r < ROWS; ++r)
                 sums[o * ROWS + r] = Words::fused(weights, own[r], sums[o * ROWS + r]);
         }
@@ -62,7 +64,7 @@ inline void meet(const X* x, int64_t row, const W* w, int64_t output, int64_t in
     int64_t i = 0;
     for (; i + Words::STEP <= inputs; i += Words::STEP, ahead += 64) {
         add(i, [](const auto* p) { return Words::take(p); });
-        __builtin_prefetch(ahead, 0, 2);
+        if (ROWS > 1) __builtin_prefetch(ahead, 0, 2);
     }
     if (i < inputs) add(i, [=](const auto* p) { return Words::take_last(p, inputs - i); });
     float found[COUNT * ROWS];

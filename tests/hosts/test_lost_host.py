@@ -13,8 +13,8 @@ from family import ranks_of
 from netns import Hosts
 
 PROGRAM = [sys.executable, "-c", "from longspan.cli import main; main()"]
-GENERATE = ("--prompt", "Once upon a time", "--stream", "--max-tokens", "4000", "--ignore-eos")
-ENGINE = ("--min-tokens-per-rank", "1", "--kv-cache-tokens", "5000")
+GENERATE = ("--prompt", "Once upon a time", "--stream", "--max-tokens", "32000", "--ignore-eos")
+ENGINE = ("--min-tokens-per-rank", "1", "--kv-cache-tokens", "33000")
 
 
 def test_all_end_on_both_sides_of_a_cut_link(tmp_path: Path) -> None:
