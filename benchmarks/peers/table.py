@@ -9,21 +9,22 @@ from typing import Any
 from plot import NAMES
 
 Row = Mapping[str, Any]
-ENGINES = ("longspan-1", "longspan-2", "vllm", "transformers")
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Lines of Markdown: times, and behind Longspan's in brackets which part of vLLM's they are."""
-    yield "| | " + " | ".join(NAMES[name] for name in ENGINES) + " |"
-    yield "|---" * (len(ENGINES) + 1) + "|"
-    cells = dict.fromkeys((r["dtype"], r["batch"], r["prompt_tokens"]) for r in rows)
+    present = {row["engine"] for row in rows}
+    engines = [name for name in NAMES if name in present]
+    yield "| | " + " | ".join(NAMES[name] for name in engines) + " |"
+    yield "|---" * (len(engines) + 1) + "|"
+    cells = sorted({cell(row) for row in rows}, key=lambda of: (of[0] != "float32", of))
     for figure, what, unit in (("ttft_s", "first token of", "s"), ("tpot_ms", "token after", "ms")):
         for dtype, batch, tokens in cells:
             if figure == "ttft_s" and batch > 1:
                 continue
             of = {r["engine"]: r for r in rows if cell(r) == (dtype, batch, tokens)}
             requests = "" if figure == "ttft_s" else f", {batch} request{'s' * (batch > 1)}"
-            times = (time(of.get(name), figure) for name in ENGINES)
+            times = (time(of.get(name), figure) for name in engines)
             name = f"{dtype}, {what} {tokens // 1024}K{requests}, {unit}"
             yield f"| {name} | " + " | ".join(times) + " |"
 
