@@ -3,8 +3,8 @@
 // A *work item* is a rectangle of queries and keys that is seen whole, or a square on the diagonal
 // of a causal mask. Queries are cut into blocks at the ends of items; a task is one block of
 // queries of one key/value head over all (or a part of) its keys, so K and V are read once for the
-// whole group of query heads. All arithmetic is float32; exponentials are of base 2, with log2(e)
-// folded into the queries.
+// whole group of query heads. Sums are float32; what products take is up to `unit.h`. Exponentials
+// are of base 2, with log2(e) folded into the scale.
 
 #include <vector>
 

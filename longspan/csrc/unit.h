@@ -15,7 +15,7 @@ struct Floats {
 
     static float query(float x, float scale) { return x * scale; }
 
-    static Vector fused(Vector x, Vector y, Vector sums) { return sums + x * y; }
+    static Vector fused(Vector x, Vector y, Vector sums) { return ::fused(x, y, sums); }
 
     // A word of a key or query.
     template <typename Number>

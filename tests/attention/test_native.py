@@ -161,12 +161,16 @@ def test_one_key_gives_its_value(kernel: Kernel) -> None:
         assert torch.equal(state.out[0], kv[1, [0, 0, 1, 1], 0].float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 70])
-def test_float16_is_widened(kernel: Kernel, tokens: int) -> None:
-    q, kv = random_inputs(tokens, 300, (8, 2), 64, torch.float16)
+def test_half_precision_is_widened(kernel: Kernel, dtype: torch.dtype, tokens: int) -> None:
+    if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU multiplies pairs of bfloat16; see the next test")
+    q, kv = random_inputs(tokens, 300, (8, 2), 64, dtype)
     ours = run(kernel, q, kv, whole(tokens, 300), 0.125)
     wide = run(kernel, q.float(), kv.float(), whole(tokens, 300), 0.125)
-    assert_equal(ours, wide)
+    few_pairs = dtype == torch.bfloat16 and tokens == 1  # those are summed in another order
+    (assert_close if few_pairs else assert_equal)(ours, wide)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

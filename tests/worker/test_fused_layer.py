@@ -59,8 +59,14 @@ def logits(model: nn.Module, rows: int, **kwargs: Any) -> Tensor:
 
 
 def assert_close(found: Tensor, expected: Tensor, exact: Tensor) -> None:
-    """As near to the exact logits as the model's own modules come, or nearly: by the root of the
-    mean square, as the largest of some hundred errors is chance."""
+    """As near to the exact logits as the model's own modules come, or nearly."""
+    own = (expected.double() - exact).abs().max()
+    error = (found.double() - exact).abs().max()
+    assert error <= 1.5 * own + 1e-5 * exact.abs().max(), (error, own, exact.abs().max())
+
+
+def assert_close_on_average(found: Tensor, expected: Tensor, exact: Tensor) -> None:
+    """By the root of the mean square."""
     own, error = ((x.double() - exact).square().mean().sqrt() for x in (expected, found))
     size = exact.square().mean().sqrt()
     assert error <= 1.2 * own + 5e-6 * size, (error, own, size)
@@ -75,7 +81,11 @@ def test_it_computes_what_the_modules_do(name: str, dtype: torch.dtype, tmp_path
     expected = [logits(model, count) for count in rows]
     assert fuse_layers(model) == LAYERS
     found, exact = ([logits(m, count) for count in rows] for m in (model, exact_model))
-    assert_close(torch.cat(found), torch.cat(expected), torch.cat(exact))
+    assert_close_on_average(torch.cat(found), torch.cat(expected), torch.cat(exact))
+    if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+        return  # its inputs are rounded as the modules' are, so the largest of few errors is chance
+    for each in zip(found, expected, exact, strict=True):
+        assert_close(*each)
 
 
 @pytest.mark.parametrize("name", OTHERS)
