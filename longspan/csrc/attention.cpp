@@ -6,6 +6,8 @@
 // whole group of query heads. Sums are float32; what products take is up to `unit.h`. Exponentials
 // are of base 2, with log2(e) folded into the scale.
 
+#include <unistd.h>
+
 #include <vector>
 
 #include "direct.h"
@@ -94,10 +96,20 @@ std::vector<Task> split(const Task& block, int64_t most) {
     return parts;
 }
 
+int64_t l2_bytes() {
+    constexpr int64_t USUAL = 512 << 10;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return size > 0 ? std::min<int64_t>(size, 4 * USUAL) : USUAL;  // 0: the system doesn't know
+#else
+    return USUAL;
+#endif
+}
+
 template <typename T, typename Unit>
 void attend(const Call<T, Unit>& call, const Item* items, int64_t num_items, int threads) {
-    // A block's packed queries and sums take a quarter of a megabyte, half of a usual L2 cache.
-    const int64_t most = std::max<int64_t>((1 << 15) / up(call.head_dim, NR) / MR * MR, MR);
+    // A block's packed queries and sums take half of the L2 cache.
+    const int64_t most = std::max<int64_t>(l2_bytes() / 16 / up(call.head_dim, NR) / MR * MR, MR);
     const int64_t most_rows = std::max<int64_t>(most / call.group, 1);
     const bool direct_fits = call.head_dim % (2 * VL) == 0;
     std::vector<Task> tasks;

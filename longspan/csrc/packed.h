@@ -6,11 +6,12 @@
 
 namespace {
 
-// c [MR, NR] = scale a [MR, depth] b [depth, NR], or with `factor`: c = factor c + a b, by rows. The
-// product is summed by itself, since short sums round less than one that goes on.
-template <typename Unit, int DEPTH_STRIDE, int ROW_STRIDE>
-inline void tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_row,
-                 float scale, const float* factor) {
+// c [MR, NR] = scale a [MR, depth] b [depth, NR], or where it ADDS: c = scales c + a b, by rows. The
+// product is summed by itself, since short sums round less than one that goes on. It is a function
+// of its own to have all registers.
+template <typename Unit, int DEPTH_STRIDE, int ROW_STRIDE, bool ADDS>
+[[gnu::noinline]] void tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_row,
+                            float scale, const float* scales) {
     Vector sums[MR][2] = {};
     for (int64_t i = 0; i < depth; ++i) {
         const Vector b0 = load(b + i * NR), b1 = load(b + i * NR + VL);
@@ -21,38 +22,37 @@ inline void tile(const float* a, const float* b, int64_t depth, float* c, int64_
             sums[r][1] = Unit::fused(x, b1, sums[r][1]);
         }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
             float* to = c + r * c_row + i * VL;
-            store(to, factor ? splat(factor[r]) * load(to) + sums[r][i] : splat(scale) * sums[r][i]);
+            if constexpr (ADDS) store(to, splat(scales[r]) * load(to) + sums[r][i]);
+            else store(to, splat(scale) * sums[r][i]);
         }
 }
 
-// Scores of one row become words of weights 2^(score - maximum); the old sums are to be multiplied
-// by the returned factor.
+// The maximum of a row of scores.
+inline float most_of(const float* scores, int64_t keys) {
+    Vector high = load(scores), other = load(scores + VL);
+    for (int64_t j = NR; j < keys; j += NR) {
+        high = larger(high, load(scores + j));
+        other = larger(other, load(scores + j + VL));
+    }
+    return largest(larger(high, other));
+}
+
+// Scores of one row become words of weights 2^(score - most); returns their sums.
 template <typename Unit>
-inline float soften(float* scores, int64_t keys, float& most, float& total) {
-    Vector high = load(scores);
-    for (int64_t j = VL; j < keys; j += VL) {
-        const Vector x = load(scores + j);
-        high = high > x ? high : x;
-    }
-    const float before = most;
-    most = std::max(before, largest(high));
-    if (most == NONE) {  // the row sees none of these keys, and saw none before
-        for (int64_t j = 0; j < keys; ++j) scores[j] = 0;
-        return 1;
-    }
-    Vector weights = {};
+inline Vector soften(float* scores, int64_t keys, float most) {
+    Vector sums[2] = {};
     for (int64_t j = 0; j < keys; j += NR) {
         const Vector x = exp2(load(scores + j) - splat(most));
         const Vector y = exp2(load(scores + j + VL) - splat(most));
         Unit::store_weights(scores, j, x, y);
-        weights += x + y;
+        sums[0] += x, sums[1] += y;
     }
-    const float factor = before == most ? 1.0f : exp2(before - most);
-    total = total * factor + sum(weights);
-    return factor;
+    return sums[0] + sums[1];
 }
 
 // Keys are packed into panels as wide as two vectors, and serve all queries of the block.
@@ -66,7 +66,7 @@ class Packed {
           width_(up(call.head_dim, NR)) {
         const int64_t rows = up(most_rows * call.group, MR);
         scratch.lay_out({rows * words_, rows * width_, NB * words_, NB / PACE * width_, MR * NB,
-                         rows, rows, depth_ + 1},
+                         rows, rows * VL, depth_ + 1},
                         {&queries_, &sums_, &keys_, &values_, &scores_, &most_, &total_, &zeros_});
         std::fill_n(zeros_, depth_ + 1, 0.0f);
     }
@@ -77,7 +77,7 @@ class Packed {
         pack_queries();
         std::fill_n(sums_, up(rows_, MR) * width_, 0.0f);
         std::fill_n(most_, up(rows_, MR), NONE);
-        std::fill_n(total_, up(rows_, MR), 0.0f);
+        std::fill_n(total_, up(rows_, MR) * VL, 0.0f);
         filled_ = 0;
         for (const Span& span : task.spans) {
             if (span.causal) {
@@ -96,6 +96,7 @@ class Packed {
             }
         }
         flush(-1);
+        for (int64_t r = 0; r < rows_; ++r) total_[r] = sum(load(total_ + r * VL));
         return {sums_, most_, total_};
     }
 
@@ -195,19 +196,34 @@ class Packed {
     void attend(int64_t row, int64_t seen, int64_t diagonal) {
         const int64_t columns = up(seen, NR);
         for (int64_t j = 0; j < columns; j += NR)
-            tile<Unit, MR, 1>(queries_ + row * words_, keys_ + j * words_, words_, scores_ + j, NB,
-                              call_.score_scale(), nullptr);
-        float factors[MR];
+            tile<Unit, MR, 1, false>(queries_ + row * words_, keys_ + j * words_, words_, scores_ + j,
+                                     NB, call_.score_scale(), nullptr);
         for (int r = 0; r < MR; ++r) {
             int64_t limit = seen;
             if (diagonal >= 0) limit = std::min(seen, (row + r) / call_.group - diagonal + 1);
-            float* scores = scores_ + r * NB;
-            for (int64_t j = std::max<int64_t>(limit, 0); j < columns; ++j) scores[j] = NONE;
-            factors[r] = soften<Unit>(scores, columns, most_[row + r], total_[row + r]);
+            std::fill(scores_ + r * NB + std::max<int64_t>(limit, 0), scores_ + r * NB + columns, NONE);
         }
+        float factors[up(MR, VL)];
+        weigh(row, columns, factors);
         for (int64_t d = 0; d < width_; d += NR)
-            tile<Unit, 1, NB>(scores_, values_ + d * (NB / PACE), up(seen, PACE) / PACE,
-                              sums_ + row * width_ + d, width_, 1.0f, factors);
+            tile<Unit, 1, NB, true>(scores_, values_ + d * (NB / PACE), up(seen, PACE) / PACE,
+                                    sums_ + row * width_ + d, width_, 1.0f, factors);
+    }
+
+    // Scores become weights; sums so far are to be multiplied by `factors`. Each step is done for all
+    // rows, so that none of them waits for its own results.
+    void weigh(int64_t row, int64_t columns, float (&factors)[up(MR, VL)]) {
+        float before[up(MR, VL)] = {}, most[up(MR, VL)] = {};
+        for (int r = 0; r < MR; ++r) {
+            before[r] = most_[row + r];
+            most_[row + r] = std::max(before[r], most_of(scores_ + r * NB, columns));
+            most[r] = most_[row + r] == NONE ? 0.0f : most_[row + r];  // -inf - -inf is not a number
+        }
+        for (int r = 0; r < MR; r += VL) store(factors + r, exp2(load(before + r) - load(most + r)));
+        for (int r = 0; r < MR; ++r) {
+            float *scores = scores_ + r * NB, *total = total_ + (row + r) * VL;
+            store(total, splat(factors[r]) * load(total) + soften<Unit>(scores, columns, most[r]));
+        }
     }
 
     const Call<T, Unit>& call_;
@@ -216,7 +232,8 @@ class Packed {
     int64_t rows_ = 0, filled_ = 0;
     const T *key_rows_[NB], *value_rows_[NB];
     float scales_[NB];  // of keys
-    float *queries_, *sums_, *keys_, *values_, *scores_, *most_, *total_, *zeros_;
+    float *queries_, *sums_, *keys_, *values_, *scores_, *most_, *zeros_;
+    float* total_;  // of each row VL sums until its end
 };
 
 }  // namespace

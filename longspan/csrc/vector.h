@@ -177,10 +177,19 @@ inline float scale_of(const T* row, int64_t numbers) {
     return 1.0f;
 }
 
+inline Vector larger(Vector x, Vector y) { return x > y ? x : y; }
+
 inline float largest(Vector x) {
-    float most = x[0];
-    for (int i = 1; i < VL; ++i) most = std::max(most, x[i]);
-    return most;
+    const auto fold = [&](auto distance) {
+        Ints other;
+        for (int i = 0; i < VL; ++i) other[i] = i ^ decltype(distance)::value;
+        x = larger(x, __builtin_shuffle(x, other));
+    };
+    if constexpr (VL > 8) fold(std::integral_constant<int, 8>());
+    if constexpr (VL > 4) fold(std::integral_constant<int, 4>());
+    fold(std::integral_constant<int, 2>());
+    fold(std::integral_constant<int, 1>());
+    return x[0];
 }
 
 inline float sum(Vector x) {
@@ -271,12 +280,17 @@ __attribute__((always_inline)) inline Vector sum_sixteen(const Vector* x) {
 }
 #endif
 
-// 2^x for x <= 0, 0 below 2^-126: a polynomial of degree 6 (relative error 3e-9) on [-1/2, 1/2].
+// 2^x for x <= 0, by a polynomial of degree 6 (relative error 3e-9) on [-1/2, 1/2]. Without
+// AVX-512, which scales by powers of 2 in one instruction, it is 0 below 2^-126.
 inline Vector exp2(Vector x) {
+#if defined(__AVX512DQ__)
+    const Vector f = _mm512_reduce_ps(x, 8);  // less the nearest integer
+#else
     const Vector magic = splat(12582912.0f);  // adding it rounds to an integer
-    const Vector clipped = x > splat(-126.0f) ? x : splat(-126.0f);
+    const Vector clipped = larger(x, splat(-126.0f));
     const Vector shifted = clipped + magic;
     const Vector f = clipped - (shifted - magic);
+#endif
     Vector y = splat(1.54697320e-4f);
     y = y * f + splat(1.34004322e-3f);
     y = y * f + splat(9.61802560e-3f);
@@ -284,13 +298,17 @@ inline Vector exp2(Vector x) {
     y = y * f + splat(2.40226512e-1f);
     y = y * f + splat(6.93147207e-1f);
     y = y * f + splat(1.0f);
+#if defined(__AVX512DQ__)
+    return _mm512_scalef_ps(y, x - f);
+#else
     const Ints exponent = reinterpret_cast<Ints>(shifted) << 23;
     const Vector power = reinterpret_cast<Vector>(reinterpret_cast<Ints>(y) + exponent);
     return x > splat(-126.0f) ? power : Vector{};
+#endif
 }
 
 inline float exp2(float x) { return x > -126.0f ? std::exp2(x) : 0.0f; }
 
-inline int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+constexpr int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 }  // namespace
