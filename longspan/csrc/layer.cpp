@@ -1,11 +1,12 @@
-// A decoder layer for the few rows of a decode step, but for its attention: what comes before it and
-// what comes after it, in one call each.
+// A decoder layer but for its attention: what comes before it and what comes after it, in one call
+// each.
 //
-// As modules, a layer of a small model spends more time between its matrix products than in them.
+// As modules, a layer of a small model spends more time between its matrix products than in them:
+// for the few rows of a decode step in calls, for the many of a prompt in memory.
 // x is float32 or bfloat16, as the weights are; what products take is rounded to bfloat16 with them
 // where the CPU has products of pairs, and all else between is float32.
 
-#include "product.h"
+#include "many.h"
 
 namespace {
 
@@ -47,6 +48,18 @@ inline void apply(const Linear& linear, const Input<W>* x, int64_t rows, int64_t
             });
 }
 
+// The same for many rows by one thread, x in panels; calls `take(row, output, sums, count)`.
+template <typename W, typename Take>
+inline void apply_to_many(const Linear& linear, const float* x, int64_t rows, int64_t inputs,
+                          const Take& take) {
+    const float* bias = linear.bias;
+    product_of_many(x, rows, static_cast<const W*>(linear.weight), linear.outputs, inputs,
+                    [&](int64_t row, int64_t output, float* sums, int64_t count) {
+                        if (bias) for (int64_t i = 0; i < count; ++i) sums[i] += bias[output + i];
+                        take(row, output, sums, count);
+                    });
+}
+
 // Rotary position embedding of a head in place (arXiv 2104.09864), number i with i + rotated / 2.
 template <typename T>
 inline void rotate(float* x, const T* cos, const T* sin, int64_t rotated) {
@@ -64,13 +77,32 @@ inline Vector silu(Vector x) {
     return x * (x < Vector{} ? power : one) / (one + power);
 }
 
-// From x [rows, hidden] q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim]; cos and sin
-// [rows, rotated], which may be 0.
+// What a thread has computed of a row's heads becomes its part of q, k and v.
 template <typename T>
-void before(const Layer& layer, const T* x, const T* cos, const T* sin, int64_t rotated, T* q, T* k,
-            T* v, int64_t rows, int threads) {
-    const int64_t hidden = layer.hidden, depth = layer.head_dim;
-    const int64_t heads = layer.heads + 2 * layer.kv_heads, width = heads * depth;
+struct Heads {
+    const Layer& layer;
+    const T *cos, *sin;  // [rows, rotated], which may be 0
+    int64_t rotated;
+    T *q, *k, *v;  // [rows, heads or kv_heads, head_dim]
+
+    int64_t count() const { return layer.heads + 2 * layer.kv_heads; }
+
+    void finish(float* own, int64_t row, int64_t head) const {
+        const int64_t depth = layer.head_dim, kv_head = (head - layer.heads) % layer.kv_heads;
+        const bool is_q = head < layer.heads, is_k = !is_q && head < layer.heads + layer.kv_heads;
+        const Norm& norm = is_q ? layer.q_norm : layer.k_norm;
+        if ((is_q || is_k) && norm.weight) normalize(norm, own, own, depth);
+        if (is_q || is_k) rotate(own, cos + row * rotated, sin + row * rotated, rotated);
+        T* out = is_q ? q + (row * layer.heads + head) * depth
+                      : (is_k ? k : v) + (row * layer.kv_heads + kv_head) * depth;
+        narrow_all(own, out, depth);
+    }
+};
+
+// From x [rows, hidden] all heads.
+template <typename T>
+void before_few(const Layer& layer, const T* x, const Heads<T>& heads, int64_t rows, int threads) {
+    const int64_t hidden = layer.hidden, count = heads.count(), width = count * layer.head_dim;
     float* all = memory_of<BETWEEN>(rows * (width + hidden));
     auto* normal = reinterpret_cast<Input<T>*>(all + rows * width);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -87,26 +119,40 @@ void before(const Layer& layer, const T* x, const T* cos, const T* sin, int64_t 
         }
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows * heads; ++i) {
-            const int64_t row = i / heads, head = i % heads;
-            float* own = all + i * depth;
-            const bool is_q = head < layer.heads, is_k = !is_q && head < heads - layer.kv_heads;
-            const Norm& norm = is_q ? layer.q_norm : layer.k_norm;
-            if ((is_q || is_k) && norm.weight) normalize(norm, own, own, depth);
-            if (is_q || is_k) rotate(own, cos + row * rotated, sin + row * rotated, rotated);
-            T* out = is_q   ? q + (row * layer.heads + head) * depth
-                     : is_k ? k + (row * layer.kv_heads + head - layer.heads) * depth
-                            : v + (row * layer.kv_heads + head + layer.kv_heads - heads) * depth;
-            for (int64_t d = 0; d < depth; ++d) narrow(own[d], out + d);
-        }
+        for (int64_t i = 0; i < rows * count; ++i)
+            heads.finish(all + i * layer.head_dim, i / count, i % count);
     }
+}
+
+// The same for `rows` of many rows from row `first` on, by one thread.
+template <typename T>
+void before_many(const Layer& layer, const T* x, const Heads<T>& heads, int64_t first,
+                 int64_t rows) {
+    const int64_t hidden = layer.hidden, count = heads.count(), width = count * layer.head_dim;
+    float* all = memory_of<BETWEEN>(rows * width + (up(rows, MR) + 1) * hidden);
+    float *normal = all + rows * width, *row_of = normal + up(rows, MR) * hidden;
+    for (int64_t r = 0; r < rows; ++r) {
+        auto* one = reinterpret_cast<Input<T>*>(row_of);
+        normalize(layer.norm1, x + (first + r) * hidden, one, hidden);
+        lay<T>(one, r, hidden, normal);
+    }
+    float* to = all;
+    for (const Linear* linear : {&layer.q, &layer.k, &layer.v}) {
+        apply_to_many<T>(*linear, normal, rows, hidden, [=](int64_t row, int64_t output, float* sums,
+                                                            int64_t outputs) {
+            std::copy_n(sums, outputs, to + row * width + output);
+        });
+        to += linear->outputs;
+    }
+    for (int64_t i = 0; i < rows * count; ++i)
+        heads.finish(all + i * layer.head_dim, first + i / count, i % count);
 }
 
 // From attention [rows, heads, head_dim] and x [rows, hidden] y [rows, hidden]: the output
 // projection, and the gated MLP with SiLU (arXiv 2002.05202), each added to what it began with.
 template <typename T>
-void after(const Layer& layer, const float* attention, const T* x, T* y, int64_t rows,
-           int threads) {
+void after_few(const Layer& layer, const float* attention, const T* x, T* y, int64_t rows,
+               int threads) {
     const int64_t hidden = layer.hidden, inner = layer.gate.outputs;
     const int64_t width = layer.heads * layer.head_dim;
     float* sums = memory_of<BETWEEN>(rows * (hidden + 2 * inner + std::max({hidden, width, inner})));
@@ -141,13 +187,74 @@ void after(const Layer& layer, const float* attention, const T* x, T* y, int64_t
     }
 }
 
+// The same for `rows` rows of many, by one thread.
+template <typename T>
+void after_many(const Layer& layer, const float* attention, const T* x, T* y, int64_t rows) {
+    const int64_t hidden = layer.hidden, inner = layer.gate.outputs;
+    const int64_t width = layer.heads * layer.head_dim, widest = std::max({hidden, width, inner});
+    float* sums = memory_of<BETWEEN>(rows * (hidden + inner) + (up(rows, MR) + 1) * widest);
+    float *gate = sums + rows * hidden, *input = gate + rows * inner;
+    auto* one = reinterpret_cast<Input<T>*>(input + up(rows, MR) * widest);
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < width; i += VL) narrow(load(attention + r * width + i), one + i);
+        lay<T>(one, r, width, input);
+    }
+    apply_to_many<T>(layer.o, input, rows, width, [=](int64_t row, int64_t output, float* found,
+                                                      int64_t outputs) {
+        const int64_t at = row * hidden + output;
+        for (int64_t i = 0; i < outputs; ++i) sums[at + i] = widen(x[at + i]) + found[i];
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+        normalize(layer.norm2, sums + r * hidden, one, hidden);
+        lay<T>(one, r, hidden, input);
+    }
+    apply_to_many<T>(layer.gate, input, rows, hidden, [=](int64_t row, int64_t output, float* found,
+                                                          int64_t outputs) {
+        for (int64_t i = 0; i < outputs; i += VL)
+            store(gate + row * inner + output + i, silu(load(found + i)));
+    });
+    apply_to_many<T>(layer.up, input, rows, hidden, [=](int64_t row, int64_t output, float* found,
+                                                        int64_t outputs) {
+        float* to = gate + row * inner + output;
+        for (int64_t i = 0; i < outputs; i += VL) store(to + i, load(to + i) * load(found + i));
+    });
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < inner; i += VL) narrow(load(gate + r * inner + i), one + i);
+        lay<T>(one, r, inner, input);
+    }
+    apply_to_many<T>(layer.down, input, rows, inner, [=](int64_t row, int64_t output, float* found,
+                                                         int64_t outputs) {
+        const int64_t at = row * hidden + output;
+        for (int64_t i = 0; i < outputs; ++i) narrow(sums[at + i] + found[i], y + at + i);
+    });
+}
+
+template <typename T>
+void before(const Layer& layer, const T* x, const Heads<T>& heads, int64_t rows, int threads) {
+    if (rows <= FEW_ROWS) return before_few(layer, x, heads, rows, threads);
+    const int64_t widest = std::max(layer.hidden, heads.count() * layer.head_dim);
+    in_parts(rows, widest, threads, [&](int64_t first, int64_t count) {
+        before_many(layer, x, heads, first, count);
+    });
+}
+
+template <typename T>
+void after(const Layer& layer, const float* attention, const T* x, T* y, int64_t rows,
+           int threads) {
+    if (rows <= FEW_ROWS) return after_few(layer, attention, x, y, rows, threads);
+    const int64_t hidden = layer.hidden, width = layer.heads * layer.head_dim;
+    in_parts(rows, layer.gate.outputs, threads, [&](int64_t first, int64_t count) {
+        after_many(layer, attention + first * width, x + first * hidden, y + first * hidden, count);
+    });
+}
+
 }  // namespace
 
 #define LONGSPAN_LAYER(name, T)                                                                 \
     extern "C" void longspan_before_##name(const Layer* layer, const T* x, const T* cos,        \
                                            const T* sin, int64_t rotated, T* q, T* k, T* v,     \
                                            int64_t rows, int threads) {                         \
-        before(*layer, x, cos, sin, rotated, q, k, v, rows, threads);                           \
+        before(*layer, x, Heads<T>{*layer, cos, sin, rotated, q, k, v}, rows, threads);                           \
     }                                                                                           \
     extern "C" void longspan_after_##name(const Layer* layer, const float* attention,           \
                                           const T* x, T* y, int64_t rows, int threads) {        \

@@ -3,34 +3,9 @@
 #pragma once
 
 #include "task.h"
+#include "tile.h"
 
 namespace {
-
-// c [MR, NR] = scale a [MR, depth] b [depth, NR], or where it ADDS: c = scales c + a b, by rows. The
-// product is summed by itself, since short sums round less than one that goes on. It is a function
-// of its own to have all registers.
-template <typename Unit, int DEPTH_STRIDE, int ROW_STRIDE, bool ADDS>
-[[gnu::noinline]] void tile(const float* a, const float* b, int64_t depth, float* c, int64_t c_row,
-                            float scale, const float* scales) {
-    Vector sums[MR][2] = {};
-    for (int64_t i = 0; i < depth; ++i) {
-        const Vector b0 = load(b + i * NR), b1 = load(b + i * NR + VL);
-#pragma GCC unroll 12
-        for (int r = 0; r < MR; ++r) {
-            const Vector x = splat(a[i * DEPTH_STRIDE + r * ROW_STRIDE]);
-            sums[r][0] = Unit::fused(x, b0, sums[r][0]);
-            sums[r][1] = Unit::fused(x, b1, sums[r][1]);
-        }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i) {
-            float* to = c + r * c_row + i * VL;
-            if constexpr (ADDS) store(to, splat(scales[r]) * load(to) + sums[r][i]);
-            else store(to, splat(scale) * sums[r][i]);
-        }
-}
 
 // The maximum of a row of scores.
 inline float most_of(const float* scores, int64_t keys) {
@@ -133,20 +108,8 @@ class Packed {
         for (int64_t j = filled_; j < columns; ++j)
             key_rows_[j] = value_rows_[j] = reinterpret_cast<const T*>(zeros_);
         for (int64_t j = 0; j < columns; ++j) scales_[j] = scale_of(key_rows_[j], depth_);
-        for (int64_t j = 0; j < columns; j += VL) {
-            float* to = keys_ + j / NR * NR * words_ + j % NR;
-            int64_t i = 0;
-            for (; i + VL <= words_; i += VL) {
-                Vector square[VL];
-                for (int key = 0; key < VL; ++key)
-                    square[key] = Unit::words_of_key(key_rows_[j + key], i, scales_[j + key]);
-                transpose(square);
-                for (int word = 0; word < VL; ++word) store(to + (i + word) * NR, square[word]);
-            }
-            for (; i < words_; ++i)
-                for (int key = 0; key < VL; ++key)
-                    to[i * NR + key] = Unit::word(key_rows_[j + key], i, scales_[j + key]);
-        }
+        for (int64_t j = 0; j < columns; j += NR)
+            to_panel<Unit>(key_rows_ + j, scales_ + j, words_, keys_ + j * words_);
         for (int64_t j = 0; j < columns; j += PACE) {
             const T *v = value_rows_[j], *next = value_rows_[j + PACE - 1];
             const float scale = scale_of(v, depth_);

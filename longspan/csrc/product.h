@@ -12,6 +12,7 @@
 
 namespace {
 
+constexpr int64_t FEW_ROWS = 32;  // more are faster with packed weights
 constexpr int OUTPUTS = 8;  // rows of W that are met at a time
 
 // Numbers of x and W as words in a vector; W is of type T. Inputs are a multiple of 16.

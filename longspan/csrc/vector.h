@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -99,6 +100,13 @@ inline void narrow(Vector x, BFloat16* to) {
 #else
     for (int i = 0; i < VL; ++i) narrow(x[i], to + i);
 #endif
+}
+
+template <typename T>
+inline void narrow_all(const float* x, T* to, int64_t numbers) {
+    int64_t i = 0;
+    for (; i + VL <= numbers; i += VL) narrow(load(x + i), to + i);
+    for (; i < numbers; ++i) narrow(x[i], to + i);
 }
 
 inline float widen(Float16 x) {

@@ -1,7 +1,7 @@
-"""Decoder layers on CPU that compute few rows in two calls, with attention between them.
+"""Decoder layers on CPU that are two calls, with attention between them.
 
-A layer of a small model spends more time between its matrix products than in them. Most models
-have the layer that Llama has: RMSNorm, projections, rotary positions, attention, and a gated MLP
+A layer of a small model spends more time between its matrix products than in them, and one of many
+rows reads and writes them again at each step between. Most models have the layer that Llama has: RMSNorm, projections, rotary positions, attention, and a gated MLP
 with SiLU. One that looks like it is computed by `csrc/layer.cpp`, once it has been seen to give
 what the layer's own modules give; every other layer is left as it is.
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.compiled import NUMBER, POINTER, SOURCES, THREADS, function, library
-from longspan.worker.linear import INPUTS_MULTIPLE, MOST_ROWS, PARALLEL_WEIGHTS
+from longspan.worker.linear import INPUTS_MULTIPLE, PARALLEL_WEIGHTS
 
 __all__ = ["FusedLayer", "fuse_layers"]
 
@@ -54,7 +54,7 @@ _AFTER = (*[POINTER] * 4, NUMBER, THREADS)
 
 
 class FusedLayer:
-    """Takes the place of a layer's `forward` for steps of at most `MOST_ROWS` rows."""
+    """Takes the place of a layer's `forward` in steps."""
 
     def __init__(self, layer: Any, kernels: ctypes.CDLL, *, rotates: bool) -> None:
         self.forward = layer.forward
@@ -113,7 +113,7 @@ class FusedLayer:
         table = position_embeddings[0]
         return (
             batch == 1
-            and 0 < rows <= MOST_ROWS
+            and rows > 0
             and hidden == self._layer.hidden
             and table.shape[:-1] == (1, rows)
             and table.shape[-1] <= self._layer.head_dim

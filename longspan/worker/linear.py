@@ -1,4 +1,4 @@
-"""Linear layers on CPU: few rows by a kernel of ours, half precision where the CPU has none.
+"""Linear layers on CPU: by a kernel of ours, or half precision by blocks where the CPU has none.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -13,8 +13,9 @@ from longspan.compiled import NUMBER, POINTER, SOURCES, THREADS, function, libra
 
 __all__ = ["FastLinear", "use_fast_linears"]
 
-MOST_ROWS = 32
-"""Up to so many rows the kernel is faster than libraries' products; a decode step has few."""
+FEW_ROWS = 32
+"""Up to so many rows, as a decode step has, meet weights where they lie; for more these are packed
+first, as in `csrc/product.h`."""
 PARALLEL_WEIGHTS = 1 << 16
 """A smaller layer is done before a second thread has begun."""
 BLOCK_WEIGHTS = 1 << 19
@@ -42,8 +43,8 @@ class FastLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N], of the same dtype."""
         rows = input.numel() // self.in_features
-        if self._kernel is not None and 0 < rows <= MOST_ROWS:
-            return self._few_rows(input, rows)
+        if self._kernel is not None and rows:
+            return self._by_kernel(input, rows)
         return self._by_widened_blocks(input) if self._is_widened else super().forward(input)
 
     def _suits_kernel(self) -> bool:
@@ -53,7 +54,7 @@ class FastLinear(nn.Linear):
             and self.in_features % INPUTS_MULTIPLE == 0
         )
 
-    def _few_rows(self, input: Tensor, rows: int) -> Tensor:
+    def _by_kernel(self, input: Tensor, rows: int) -> Tensor:
         assert self._kernel is not None
         x, weight, bias = input.contiguous(), self.weight, self.bias
         out = input.new_empty(*input.shape[:-1], self.out_features)
