@@ -111,6 +111,21 @@ class Move(msgspec.Struct, frozen=True, array_like=True, gc=False):
     targets: tuple[Extent, ...]
 
 
+MOST_JOINT_ROWS = 32
+"""More rows of a step are not computed jointly."""
+
+
+class Joint(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Ranks that compute all tokens of a step together, each a part of every linear layer.
+
+    Each of them has all of the step's tokens in its packed batch, one of each part, whoever has
+    the key. `number` is larger than that of any joint step before.
+    """
+
+    ranks: tuple[int, ...]
+    number: int
+
+
 class RankPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one rank does in one step. `token_ids` are its packed batch, in its parts' order.
 
@@ -121,6 +136,7 @@ class RankPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     parts: tuple[Part, ...]
     samplings: tuple[Sampling, ...]
     moves: tuple[Move, ...] = ()
+    joint: Joint | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):

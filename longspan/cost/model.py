@@ -21,6 +21,9 @@ from longspan.topology import Link, Topology
 if TYPE_CHECKING:
     from longspan.models import ModelSpec
 
+MEETINGS, MEETING_SECONDS = 4, 5e-6
+"""How often ranks that decode jointly meet in a layer, in memory of their host; and how long."""
+
 ONE_HOST = Topology.of_hosts([256])
 """Ranks of which nothing else is known."""
 
@@ -68,14 +71,17 @@ class CostModel:
         rates: Rates,
         topology: Topology = ONE_HOST,
         hidden: Hidden = HERE,
+        joins: bool = False,
     ) -> None:
         self.shape = shape
+        self.joins = joins
+        """Whether ranks of several decode jointly, each reading a part of the weights."""
         self.rates = rates
         self.topology = topology
         self.hidden = hidden
         layers = shape.num_layers
-        weights = num_active_parameters * shape.itemsize / rates.memory_bytes
-        self._base = rates.step_seconds + weights
+        self._weights = num_active_parameters * shape.itemsize / rates.memory_bytes
+        self._base = rates.step_seconds + self._weights
         self._token = 2 * num_active_parameters / rates.linear_flops
         self._attention = AttentionCost(
             attend=layers * rates.attend_seconds,
@@ -95,8 +101,16 @@ class CostModel:
         self._even: dict[int, list[tuple[Strategy, Sent, list[Leg]]]] = {}
 
     @classmethod
-    def of(cls, spec: "ModelSpec", rates: Rates, topology: Topology = ONE_HOST) -> Self:
-        return cls(KVShape.of(spec), spec.num_active_parameters, rates, topology)
+    def of(
+        cls,
+        spec: "ModelSpec",
+        rates: Rates,
+        topology: Topology = ONE_HOST,
+        *,
+        joins: bool = False,
+    ) -> Self:
+        parameters = spec.num_active_parameters
+        return cls(KVShape.of(spec), parameters, rates, topology, joins=joins)
 
     @property
     def base_seconds(self) -> float:
@@ -261,16 +275,23 @@ class CostModel:
 
         On one holder that is all; else the slowest holder's attention, and in every layer a pass-Q
         exchange with each of the others, behind which nothing is computed, and whose answers are
-        merged.
+        merged; or, where ranks decode jointly, their meetings.
         """
         seconds = self._token + self._attention.of_one(max(keys))
         size = len(keys)
         if size == 1:
             return seconds
+        if self.joins:
+            return seconds + self.shape.num_layers * MEETINGS * MEETING_SECONDS
         link = self._link(size, one=size == 2)
         sent = self.shape.query_bytes * (size - 1) / link.bytes
         merging = self._attention.attend * (size - 1)
         return seconds + merging + self.shape.num_layers * (2 * link.seconds + sent)
+
+    def saved_by_gathering(self, keys: Sequence[int]) -> float:
+        """What each decode token would take less if all keys were on one of their holders."""
+        saved = self.decode_seconds(keys) - self.decode_seconds([sum(keys)])
+        return saved - self._weights * (1 - 1 / len(keys)) if self.joins else saved
 
     def move_seconds(self, tokens: int) -> float:
         """Copying so many tokens' keys and values of all layers to another rank, in one message."""

@@ -1,7 +1,7 @@
 """The next steps of idle ranks while they are being decided."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 
 from longspan.cost.model import CostModel
@@ -132,8 +132,11 @@ class Draft:
         self.tokens[chunk.request.home] -= 1
         self.chunks.append(chunk)
 
-    def steps(self, teams: Teams) -> list[Step]:
-        """One step for each team that has anything to do, with its plans."""
+    def steps(self, teams: Teams, numbers: Iterator[int]) -> list[Step]:
+        """One step for each team that has anything to do, with its plans.
+
+        `numbers` are those of joint steps.
+        """
         steps: dict[Team, Step] = {}
         for chunk in self.chunks:
             rank = chunk.segment.shards[0].rank
@@ -142,7 +145,10 @@ class Draft:
         for gathering in self.gatherings:
             steps[teams.of(gathering.places[0].rank)].gatherings.append(gathering)
         for step in steps.values():
-            step.make_plans()
+            if self.cost.joins and step.can_be_joint:
+                step.make_joint_plans(next(numbers))
+            else:
+                step.make_plans()
             step.seconds = self.cost.base_seconds + max(
                 self.decode_seconds[rank] + self.prefill_seconds[rank] for rank in step.plans
             )

@@ -58,7 +58,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.clock = clock
         self.ledger = Ledger(executor.num_pages, config.page_size)
-        cost = CostModel.of(spec, rates or executor.rates, executor.topology)
+        joins = executor.joins and config.attention_strategy == "auto"
+        rates = rates or executor.rates
+        cost = CostModel.of(spec, rates, executor.topology, joins=joins)
         self.scheduler = Scheduler(config, self.ledger, cost)
         self.traffic: dict[str, Traffic] = {}
         self.num_done = 0

@@ -11,7 +11,8 @@ from longspan.topology import Topology
 class Executor(Protocol):
     """A fleet of ranks that run plans. `num_pages[r]` is the size of rank r's pool.
 
-    `rates` are what a rank's device and links do, `topology` is where the ranks are.
+    `rates` are what a rank's device and links do, `topology` is where the ranks are, and `joins`
+    tells whether any of them can compute joint steps.
 
     Ranks work independently of each other, unless their plans have segments or moves in common:
     those must be started together.
@@ -20,6 +21,7 @@ class Executor(Protocol):
     num_pages: tuple[int, ...]
     rates: Rates
     topology: Topology
+    joins: bool
 
     def start(self, plans: Mapping[int, RankPlan]) -> None:
         """Begin a step on ranks that are not at work.

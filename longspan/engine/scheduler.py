@@ -2,7 +2,7 @@
 
 from bisect import insort
 from collections.abc import Collection, Mapping, Sequence
-from itertools import chain
+from itertools import chain, count
 
 from longspan.config import EngineConfig
 from longspan.cost.choice import decide
@@ -42,6 +42,7 @@ class Scheduler:
         self._running = Running(ledger)
         self._steps: dict[int, Step] = {}
         """The step that each busy rank is at."""
+        self._joint_steps = count(1)
         self._gatherer = Gatherer(cost, ledger)
         self._placer = Placer.of(config, cost)
 
@@ -78,7 +79,7 @@ class Scheduler:
         self._decode(draft)
         self._admit(draft)
         self._prefill(draft)
-        steps = draft.steps(self._running.teams)
+        steps = draft.steps(self._running.teams, self._joint_steps)
         for step in steps:
             self._steps |= dict.fromkeys(step.plans, step)
         if not self._steps and self.running:

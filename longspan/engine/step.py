@@ -7,7 +7,9 @@ from typing import NamedTuple
 from longspan.engine.prefix_cache import Place
 from longspan.engine.request import Request, joined
 from longspan.plan import (
+    MOST_JOINT_ROWS,
     Extent,
+    Joint,
     Move,
     Part,
     RankPlan,
@@ -90,6 +92,40 @@ class Step:
     seconds: float = 0.0
     """How long it is predicted to take."""
     results: dict[int, RankResult] = field(default_factory=dict)
+
+    @property
+    def can_be_joint(self) -> bool:
+        """Whether it is but one token of each request, and of some several ranks hold keys."""
+        return (
+            len(self.chunks) <= MOST_JOINT_ROWS
+            and any(len(chunk.segment.shards) > 1 for chunk in self.chunks)
+            and all(
+                sum(shard.num_queries for shard in chunk.segment.shards) == 1
+                for chunk in self.chunks
+            )
+        )
+
+    def make_joint_plans(self, number: int) -> None:
+        """Tell every rank with a share in the step to compute all of it with the others."""
+        ranks = tuple(sorted({s.rank for chunk in self.chunks for s in chunk.segment.shards}))
+        packed: list[int] = []
+        samplings: dict[int, list[Sampling]] = {rank: [] for rank in ranks}
+        for row, (request, end, segment) in enumerate(self.chunks):
+            for run in (run for shard in segment.shards for run in shard.queries):
+                packed += request.tokens_of(run)
+            if end == request.num_tokens:
+                assert request.home is not None
+                samplings[request.home].append(request.sampling(row))
+        moves = list(_moves(self.gatherings))
+        for rank in ranks:
+            parts = (
+                Part(segment, request.holdings[rank].extents if rank in request.holdings else ())
+                for request, _, segment in self.chunks
+            )
+            own = tuple(move for move in moves if rank in (move.source, move.target))
+            self.plans[rank] = RankPlan(
+                tuple(packed), tuple(parts), tuple(samplings[rank]), own, Joint(ranks, number)
+            )
 
     def make_plans(self) -> None:
         """Tell every rank with a share in the step what it is to do."""

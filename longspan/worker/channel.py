@@ -78,7 +78,8 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     """Worker to engine, once: the model is loaded, and this is what the rank has and does.
 
     `messages` are what it measured of its links, if it did; `digest` tells whether it is the same
-    model on all ranks. `transport` names what carries messages between ranks.
+    model on all ranks. `transport` names what carries messages between ranks, and `joins` tells
+    whether they can compute joint steps, which is the same for all.
     """
 
     num_pages: int
@@ -86,6 +87,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
     messages: tuple[MessageSample, ...]
     digest: str
     transport: str
+    joins: bool
 
 
 class Execute(msgspec.Struct, tag=True, frozen=True):

@@ -57,6 +57,7 @@ class ChannelExecutor(ABC):
             raise
         if config.num_ranks > 1:
             logger.info("ranks exchange tensors over %s", ready[0].transport)
+        self.joins = ready[0].joins
         self.num_pages = tuple(ready[rank].num_pages for rank in range(config.num_ranks))
         messages = [one for message in ready.values() for one in message.messages]
         self.rates = with_links(ready[0].rates, messages)

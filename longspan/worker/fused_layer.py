@@ -1,9 +1,10 @@
 """Decoder layers on CPU that are two calls, with attention between them.
 
 A layer of a small model spends more time between its matrix products than in them, and one of many
-rows reads and writes them again at each step between. Most models have the layer that Llama has: RMSNorm, projections, rotary positions, attention, and a gated MLP
-with SiLU. One that looks like it is computed by `csrc/layer.cpp`, once it has been seen to give
-what the layer's own modules give; every other layer is left as it is.
+rows reads and writes them again at each step between. Most models have the layer that Llama has:
+RMSNorm, projections, rotary positions, attention, and a gated MLP with SiLU. One that looks like it
+is computed by `csrc/layer.cpp`, once it has been seen to give what the layer's own modules give;
+every other layer is left as it is.
 
 Shapes: T rows, N numbers of a row, H query heads, G key/value heads, D head size.
 """
@@ -19,7 +20,7 @@ from longspan.worker.linear import INPUTS_MULTIPLE, PARALLEL_WEIGHTS
 
 __all__ = ["FusedLayer", "fuse_layers"]
 
-_SOURCE = SOURCES / "layer.cpp"
+_SOURCE, _JOINT_SOURCE = SOURCES / "layer.cpp", SOURCES / "joint.cpp"
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 _NORMS = ("norm1", "q_norm", "k_norm", "norm2")
 
@@ -51,6 +52,8 @@ class _Layer(ctypes.Structure):
 _BEFORE = (*[POINTER] * 4, NUMBER, *[POINTER] * 3, NUMBER, THREADS)
 _AFTER = (*[POINTER] * 4, NUMBER, THREADS)
 """Arguments of the two functions in `csrc/layer.cpp`."""
+_AFTER_JOINTLY = (*[POINTER] * 6, NUMBER, THREADS)
+"""Of the one in `csrc/joint.cpp`."""
 
 
 class FusedLayer:
@@ -67,6 +70,9 @@ class FusedLayer:
         dtype = str(self.dtype).removeprefix("torch.")
         self._before = function(kernels, f"before_{dtype}", _BEFORE)
         self._after = function(kernels, f"after_{dtype}", _AFTER)
+        joint = library(_JOINT_SOURCE)
+        assert joint is not None  # the other one was made by the same compiler
+        self._after_jointly = function(joint, f"after_jointly_{dtype}", _AFTER_JOINTLY)
         weights = sum(parts[name].weight.numel() for name in _PROJECTIONS)
         self._is_parallel = weights >= PARALLEL_WEIGHTS
 
@@ -92,17 +98,22 @@ class FusedLayer:
             rows,
             threads,
         )
-        attention: Tensor = kwargs["step"].attend(self.index, q, k, v)
-        out = torch.empty_like(x)
-        self._after(
-            ctypes.addressof(layer),
-            attention.data_ptr(),
-            x.data_ptr(),
-            out.data_ptr(),
-            rows,
-            threads,
-        )
+        step, out = kwargs["step"], torch.empty_like(x)
+        attention = step.attend(self.index, q, k, v)
+        to = (x.data_ptr(), out.data_ptr(), rows, threads)
+        if isinstance(attention, Tensor):
+            self._after(ctypes.addressof(layer), attention.data_ptr(), *to)
+        else:  # a state of this rank's keys alone
+            states = (attention.out.data_ptr(), attention.lse.data_ptr())
+            self._after_jointly(ctypes.addressof(layer), step.meeting.address, *states, *to)
         return out
+
+    @property
+    def row_floats(self) -> int:
+        """The most numbers of a row that ranks tell each other in `csrc/joint.cpp`."""
+        layer = self._layer
+        states = layer.heads * (layer.head_dim + 1)
+        return int(max(states, 2 * layer.gate.outputs, layer.hidden))
 
     def _takes(
         self, x: Tensor, step: Any = None, position_embeddings: Any = None, **_: Any
@@ -144,15 +155,15 @@ class FusedLayer:
         return kept.data_ptr()
 
 
-def fuse_layers(model: nn.Module) -> int:
-    """Let a model on CPU compute with `FusedLayer` where that is the same; returns how often.
+def fuse_layers(model: nn.Module) -> list[FusedLayer]:
+    """Let a model on CPU compute with `FusedLayer` where that is the same; returns those.
 
     The model must have Longspan's attention. It runs once, and each layer that looks right is
     compared with the fused ones on what it is given there.
     """
     kernels = library(_SOURCE)
     if kernels is None:
-        return 0
+        return []
     alike = [module for module in model.modules() if _is_alike(module)]
     found: list[tuple[nn.Module, FusedLayer]] = []
 
@@ -173,7 +184,7 @@ def fuse_layers(model: nn.Module) -> int:
             hook.remove()
     for layer, fused in found:
         layer.forward = fused
-    return len(found)
+    return [fused for _, fused in found]
 
 
 class _AnyAttention:

@@ -1,6 +1,7 @@
 """Brings up one rank inside its process: device, process group, model."""
 
 import os
+import sys
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from longspan.parallel.transport import ThreadTransport, TorchTransport, Transpo
 from longspan.topology import Topology
 from longspan.worker import mpi
 from longspan.worker.channel import Start
+from longspan.worker.meeting import Meeting
 from longspan.worker.model_runner import ModelRunner
 
 SHARE_GPU = "LONGSPAN_SHARE_GPU"
@@ -27,7 +29,12 @@ def launch(start: Start) -> ModelRunner:
     """Join the other ranks and load the model. Waits until all ranks have come."""
     logging.disable_progress_bar()
     device = device_of(start.config, start.topology, start.rank)
-    return ModelRunner(start.config, start.spec, _connect(start, device), device)
+    store = _store(start.rendezvous, start.topology.num_ranks)
+    runner = ModelRunner(start.config, start.spec, _connect(start, device, store), device)
+    if start.topology.num_ranks > 1:
+        floats = runner.joint_row_floats if _may_meet(start.topology) else None
+        runner.meeting = Meeting.open(start.rank, start.topology.num_ranks, floats, store)
+    return runner
 
 
 def kind_of_device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
@@ -66,14 +73,19 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
     return (CPU_THREAD_IN_PAIRS if in_pairs else CPU_THREAD).of_threads(torch.get_num_threads())
 
 
-def _connect(start: Start, device: torch.device) -> Transport:
+def _may_meet(topology: Topology) -> bool:
+    """Whether all ranks are on one host and have a core each, on which they can wait for others."""
+    cores = len(os.sched_getaffinity(0))
+    return topology.num_hosts == 1 and topology.num_ranks <= cores and sys.platform == "linux"
+
+
+def _connect(start: Start, device: torch.device, store: Store) -> Transport:
     topology = start.topology
     if topology.num_ranks == 1:
         return ThreadTransport.connect(topology)[0]
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    store = _store(start.rendezvous, topology.num_ranks)
     obstacle = "GPUs use NCCL" if on_gpu else mpi.obstacle(topology)
     if _takes_mpi(start, obstacle, store):
         return mpi.join(start.rank, topology, store)

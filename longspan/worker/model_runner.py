@@ -17,8 +17,10 @@ from longspan.plan import RankPlan, RankResult
 from longspan.worker import hf_attention
 from longspan.worker.fused_layer import fuse_layers
 from longspan.worker.huge_pages import move_weights
+from longspan.worker.joint_step import JointStep
 from longspan.worker.kv_pool import KVPool
 from longspan.worker.linear import use_fast_linears
+from longspan.worker.meeting import Meeting
 from longspan.worker.moves import start_moves
 from longspan.worker.probe import probe
 from longspan.worker.sampler import sample
@@ -59,8 +61,9 @@ class ModelRunner:
             move_weights(self.model)
             use_fast_linears(self.model)
         self.scale = [layer.scaling for layer in probe(self.model, spec.name, spec.max_model_len)]
-        if device.type == "cpu":
-            fuse_layers(self.model)
+        self.fused = fuse_layers(self.model) if device.type == "cpu" else []
+        self.meeting: Meeting | None = None
+        """Where this rank meets others in joint steps, if it can."""
         self.pool = KVPool(
             spec.num_layers,
             num_pages(config, spec, transport, device),
@@ -80,19 +83,34 @@ class ModelRunner:
         The step's moves travel meanwhile; their pages are in the pool when this returns.
         """
         wait_for_moves = start_moves(plan.moves, self.pool, self.transport)
-        step = Step(plan, self.pool, self.transport, self.kernel, self.scale)
+        step = self._step(plan)
         if len(step.token_ids):
             rows = [sampling.row for sampling in plan.samplings]
             logits = self._forward(step, torch.tensor(rows, dtype=torch.int64, device=self.device))
             sampled = tuple(sample(logits, plan.samplings))
         else:
             if plan.parts:
+                assert isinstance(step, Step)  # a joint one has tokens on all ranks
                 self._serve(step)
             sampled = ()
         wait_for_moves()
         return RankResult(sampled, self.transport.take_traffic())
 
-    def _forward(self, step: Step, rows: Tensor) -> Tensor:
+    def _step(self, plan: RankPlan) -> Step | JointStep:
+        pool, kernel, scale = self.pool, self.kernel, self.scale
+        if plan.joint is None:
+            return Step(plan, pool, self.transport, kernel, scale)
+        assert self.meeting is not None
+        return JointStep(plan, pool, kernel, scale, self.transport.rank, self.meeting)
+
+    @property
+    def joint_row_floats(self) -> int | None:
+        """What each row takes where ranks meet; None if the model can't be computed jointly."""
+        if len(self.fused) < self.spec.num_layers:
+            return None
+        return max(layer.row_floats for layer in self.fused)
+
+    def _forward(self, step: Step | JointStep, rows: Tensor) -> Tensor:
         """Logits [len(rows), V] of some rows of the packed batch."""
         output = self.model(
             input_ids=step.token_ids.unsqueeze(0),

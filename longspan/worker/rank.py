@@ -60,7 +60,8 @@ def _obey(channel: Channel) -> None:
     digest = model_digest(runner.model)
     messages = measure_links(runner) if start.config.calibration is None else ()
     rates, transport = rates_of(runner.device, runner.dtype), runner.transport.name
-    channel.send(Ready(runner.pool.num_pages, rates, messages, digest, transport))
+    joins = runner.meeting is not None
+    channel.send(Ready(runner.pool.num_pages, rates, messages, digest, transport, joins))
     while True:
         message = channel.receive()
         if isinstance(message, Measure):

@@ -19,7 +19,7 @@ from longspan.engine.engine import Engine
 from longspan.engine.prefix_cache import Place
 from longspan.engine.request import Request
 from longspan.outputs import CompletionOutput
-from longspan.plan import Extent, RankPlan, Segment
+from longspan.plan import MOST_JOINT_ROWS, Extent, RankPlan, Segment
 from longspan.sampling_params import SamplingParams
 
 FAST_LINKS = replace(CPU_THREAD, attention_flops=1e6, links={"host": LinkRates(0.0, 1e15)})
@@ -148,14 +148,21 @@ class Audit:
             self.seen["pages evicted"] += 1
 
     def check_agreement(self, plans: Plans) -> None:
-        """Exactly the ranks with a share have a part, all the same one, all in the same order."""
+        """Exactly the ranks with a share have a part, all the same one, all in the same order.
+
+        In a joint step all of its ranks have a part of everything.
+        """
+        joint = all(plan.joint for plan in plans.values())
+        holders = {shard.rank for segment in segments(plans) for shard in segment.shards}
         contacted: dict[Segment, set[int]] = {}
         for rank, plan in plans.items():
             assert plan.parts, "no rank is contacted without a part"
             for part in plan.parts:
                 contacted.setdefault(part.segment, set()).add(rank)
         for segment, ranks in contacted.items():
-            assert [shard.rank for shard in segment.shards] == sorted(ranks)
+            held = [shard.rank for shard in segment.shards]
+            assert held == sorted(held)
+            assert ranks == (holders if joint else set(held))
         names = [segment.request_id for segment in contacted]
         assert len(set(names)) == len(names) <= self.engine.config.max_num_seqs
         orders = [[part.segment.request_id for part in plan.parts] for plan in plans.values()]
@@ -163,15 +170,23 @@ class Audit:
             assert [n for n in one if n in other] == [n for n in other if n in one]
 
     def check_batch(self, rank: int, plan: RankPlan) -> None:
-        """A packed batch is the tokens at its parts' positions, no more than the budget."""
+        """A packed batch is the tokens at its parts' positions, no more than the budget.
+
+        In a joint step it is those of all ranks, each of which keeps to its own.
+        """
         expected: list[int] = []
         for part in plan.parts:
             request = self.running[part.segment.request_id]
             known = request.prompt_token_ids + request.output_token_ids
-            for run in part.segment.shard(rank).queries:
+            shards = part.segment.shards if plan.joint else [part.segment.shard(rank)]
+            for run in (run for shard in shards for run in shard.queries):
                 expected += known[run.start : run.end]
         assert list(plan.token_ids) == expected
-        assert len(expected) <= self.engine.config.max_num_batched_tokens
+        own = sum(part.segment.shard(rank).num_queries for part in plan.parts)
+        assert own <= self.engine.config.max_num_batched_tokens
+        if plan.joint:
+            assert len(expected) == len(plan.parts) <= MOST_JOINT_ROWS
+            self.seen["joint steps"] += rank == plan.joint.ranks[0]
 
     def check_segment(self, segment: Segment, plans: Plans) -> None:
         """Cached keys are what was written before; new ones are the next positions."""
@@ -245,7 +260,7 @@ class Audit:
             assert home is not None
             row = -1
             for part in plans[home].parts:
-                row += part.segment.shard(home).num_queries
+                row += 1 if plans[home].joint else part.segment.shard(home).num_queries
                 if part.segment == segment:
                     break
             assert drawn == [(home, row, request.num_tokens)]

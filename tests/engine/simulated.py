@@ -65,6 +65,8 @@ class SimulatedExecutor:
         self.page_size = page_size
         self.rates = CPU_THREAD
         self.topology = Topology.of_hosts([len(num_pages)])
+        self.joins = False
+        self._last_joint = 0
         self.order = order
         self.before_step: Callable[[Plans], None] = lambda plans: None
         self.after_step: Callable[[Plans], None] = lambda plans: None
@@ -76,9 +78,22 @@ class SimulatedExecutor:
     def start(self, plans: Plans) -> None:
         assert plans
         assert not plans.keys() & self._at_work.keys(), "a rank is told to start before it is done"
+        self._check_joint(plans)
         self.before_step(plans)
         work = _Work(dict(plans), set(plans))
         self._at_work |= dict.fromkeys(plans, work)
+
+    def _check_joint(self, plans: Plans) -> None:
+        """Those who compute a step jointly are told alike, and know a new number for it."""
+        told = {(plan.joint, plan.joint and plan.token_ids) for plan in plans.values()}
+        assert len(told) == 1, told
+        joint, token_ids = told.pop()
+        if joint is not None:
+            assert joint.ranks == tuple(sorted(plans))
+            assert joint.number > self._last_joint
+            self._last_joint = joint.number
+            for plan in plans.values():
+                assert len(plan.parts) == len(token_ids or ()), "one token of each part"
 
     def wait(self, timeout: float | None = None) -> dict[int, RankResult]:
         results = {}
@@ -131,7 +146,7 @@ class SimulatedExecutor:
     ) -> None:
         """One rank's part: the sums of its cached keys in each layer, and its new tokens."""
         row = 0
-        for part in plan.parts:
+        for index, part in enumerate(plan.parts, 1):
             segment, shard = part.segment, part.segment.shard(rank)
             slots = self._slots(part.extents)
             sums = cached.setdefault(segment.request_id, [0, 0])
@@ -144,6 +159,8 @@ class SimulatedExecutor:
             for place, position in enumerate(positions, shard.cached):
                 tokens.append(_Token(position, plan.token_ids[row], rank, row, slots[place]))
                 row += 1
+            if plan.joint:  # a token of each part, whoever writes its key
+                row = index
 
     def _slots(self, extents: Sequence[Extent]) -> list[int]:
         size = self.page_size
@@ -182,6 +199,7 @@ def simulated_engine(
     enable_prefix_caching: bool = False,
     order: Order = lambda ranks: ranks,
     rates: Rates = CPU_THREAD,
+    joins: bool = False,
     **options: Any,
 ) -> tuple[Engine, SimulatedExecutor]:
     """An engine over simulated ranks with so many pages each; `options` are EngineConfig's."""
@@ -207,5 +225,5 @@ def simulated_engine(
         num_active_parameters=1000,
     )
     executor = SimulatedExecutor(num_pages, page_size, order)
-    executor.rates = rates
+    executor.rates, executor.joins = rates, joins
     return Engine(config, spec, executor, tokenizer), executor

@@ -42,6 +42,7 @@ def fleets(draw: st.DrawFn) -> Fleet:
             "min_tokens_per_rank": draw(st.sampled_from((None, None, 1, 5, 12))),
             "max_step_time": draw(st.sampled_from((None, 0.2, 0.005))),
             "rates": draw(st.sampled_from((CPU_THREAD, FAST_LINKS, SLOW))),
+            "joins": draw(st.booleans()),
         },
     )
 
@@ -90,6 +91,7 @@ def test_no_invariant_breaks_in_a_hundred_thousand_steps() -> None:
     print(dict(seen))
     for event in (
         "homes moved",
+        "joint steps",
         "pages evicted",
         "pages found in the cache",
         "pages gathered",

@@ -78,6 +78,7 @@ class Recorder:
         self.num_pages = executor.num_pages
         self.rates = executor.rates
         self.topology = executor.topology
+        self.joins = executor.joins
         self.events: list[Event] = []
         self.entries: list[Entry] = []
         self.groups: dict[str, Group] = {}
@@ -207,7 +208,7 @@ def replay(
     executor = VirtualExecutor(
         num_pages,
         PAGE_SIZE,
-        CostModel.of(spec, recorder.rates, recorder.topology),
+        CostModel.of(spec, recorder.rates, recorder.topology, joins=recorder.joins),
         token_of=token_of,
         done_at=done_at,
     )
