@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t DEPTH = 128;          // words that are summed by themselves
 constexpr int64_t PANELS = 256 << 10;   // bytes of packed weights, which stay in L2
-constexpr int64_t ROWS = 42 * MR, ROWS_BYTES = 16 << 20;  // most of a thread, and in their widest form
+constexpr int64_t ROWS = 84 * MR, ROWS_BYTES = 16 << 20;  // most of a thread, and in their widest form
 
 template <typename W>
 inline int64_t words_of(int64_t numbers) { return numbers / Words<W>::PACE; }

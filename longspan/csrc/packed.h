@@ -40,8 +40,8 @@ class Packed {
           words_(up(call.head_dim, PACE) / PACE),
           width_(up(call.head_dim, NR)) {
         const int64_t rows = up(most_rows * call.group, MR);
-        scratch.lay_out({rows * words_, rows * width_, NB * words_, NB / PACE * width_, MR * NB,
-                         rows, rows * VL, depth_ + 1},
+        scratch.lay_out({rows * words_, rows * width_, BLOCK * words_, NB * width_, MR * BLOCK, rows,
+                         rows * VL, depth_ + 1},
                         {&queries_, &sums_, &keys_, &values_, &scores_, &most_, &total_, &zeros_});
         std::fill_n(zeros_, depth_ + 1, 0.0f);
     }
@@ -57,16 +57,16 @@ class Packed {
         for (const Span& span : task.spans) {
             if (span.causal) {
                 flush(-1);
-                for (int64_t first = 0; first < span.keys; first += NB) {
-                    take(span.key + first, std::min<int64_t>(NB, span.keys - first));
+                for (int64_t first = 0; first < span.keys; first += BLOCK) {
+                    take(span.key + first, std::min<int64_t>(BLOCK, span.keys - first));
                     flush(first);
                 }
             } else {
                 for (int64_t first = 0; first < span.keys;) {
-                    const int64_t keys = std::min<int64_t>(NB - filled_, span.keys - first);
+                    const int64_t keys = std::min<int64_t>(BLOCK - filled_, span.keys - first);
                     take(span.key + first, keys);
                     first += keys;
-                    if (filled_ == NB) flush(-1);
+                    if (filled_ == BLOCK) flush(-1);
                 }
             }
         }
@@ -78,7 +78,7 @@ class Packed {
     int64_t width() const { return width_; }
 
   private:
-    static constexpr int PACE = Unit::PACE;
+    static constexpr int PACE = Unit::PACE, BLOCK = NB * PACE;  // keys of a block: NB words
 
     void pack_queries() {
         for (int64_t r = 0; r < up(rows_, MR); ++r) {
@@ -101,8 +101,8 @@ class Packed {
         }
     }
 
-    // Keys to panels [NB / NR, words, NR], values to panels [D / NR, NB / PACE, NR]; what is missing
-    // in a panel is zero.
+    // Keys to panels [BLOCK / NR, words, NR], values to panels [D / NR, NB, NR]; what is missing in
+    // a panel is zero.
     void pack() {
         const int64_t columns = up(filled_, NR);
         for (int64_t j = filled_; j < columns; ++j)
@@ -116,7 +116,7 @@ class Packed {
             float* to = values_ + j / PACE * NR;
             Vector x[2];
             int64_t d = 0;
-            for (; d + NR <= depth_; d += NR, to += NB / PACE * NR) {
+            for (; d + NR <= depth_; d += NR, to += NB * NR) {
                 Unit::words(v + d, next + d, scale, x);
                 store(to, x[0]), store(to + VL, x[1]);
             }
@@ -151,7 +151,8 @@ class Packed {
     // Ask for what is likely to be the next block, in the places of some keys of this one.
     void call_up(int64_t first, int64_t last) const {
         for (int64_t j = first; j < last; ++j)
-            for (const T* row : {key_rows_[j] + NB * call_.k_slot, value_rows_[j] + NB * call_.v_slot})
+            for (const T* row :
+                 {key_rows_[j] + BLOCK * call_.k_slot, value_rows_[j] + BLOCK * call_.v_slot})
                 for (int64_t d = 0; d < depth_; d += 64 / static_cast<int64_t>(sizeof(T)))
                     __builtin_prefetch(row + d, 0, 2);
     }
@@ -160,16 +161,17 @@ class Packed {
         const int64_t columns = up(seen, NR);
         for (int64_t j = 0; j < columns; j += NR)
             tile<Unit, MR, 1, false>(queries_ + row * words_, keys_ + j * words_, words_, scores_ + j,
-                                     NB, call_.score_scale(), nullptr);
+                                     BLOCK, call_.score_scale(), nullptr);
         for (int r = 0; r < MR; ++r) {
             int64_t limit = seen;
             if (diagonal >= 0) limit = std::min(seen, (row + r) / call_.group - diagonal + 1);
-            std::fill(scores_ + r * NB + std::max<int64_t>(limit, 0), scores_ + r * NB + columns, NONE);
+            float* scores = scores_ + r * BLOCK;
+            std::fill(scores + std::max<int64_t>(limit, 0), scores + columns, NONE);
         }
         float factors[up(MR, VL)];
         weigh(row, columns, factors);
         for (int64_t d = 0; d < width_; d += NR)
-            tile<Unit, 1, NB, true>(scores_, values_ + d * (NB / PACE), up(seen, PACE) / PACE,
+            tile<Unit, 1, BLOCK, true>(scores_, values_ + d * NB, up(seen, PACE) / PACE,
                                     sums_ + row * width_ + d, width_, 1.0f, factors);
     }
 
@@ -179,12 +181,12 @@ class Packed {
         float before[up(MR, VL)] = {}, most[up(MR, VL)] = {};
         for (int r = 0; r < MR; ++r) {
             before[r] = most_[row + r];
-            most_[row + r] = std::max(before[r], most_of(scores_ + r * NB, columns));
+            most_[row + r] = std::max(before[r], most_of(scores_ + r * BLOCK, columns));
             most[r] = most_[row + r] == NONE ? 0.0f : most_[row + r];  // -inf - -inf is not a number
         }
         for (int r = 0; r < MR; r += VL) store(factors + r, exp2(load(before + r) - load(most + r)));
         for (int r = 0; r < MR; ++r) {
-            float *scores = scores_ + r * NB, *total = total_ + (row + r) * VL;
+            float *scores = scores_ + r * BLOCK, *total = total_ + (row + r) * VL;
             store(total, splat(factors[r]) * load(total) + soften<Unit>(scores, columns, most[r]));
         }
     }
@@ -193,8 +195,8 @@ class Packed {
     const Task* task_ = nullptr;
     const int64_t depth_, words_, width_;
     int64_t rows_ = 0, filled_ = 0;
-    const T *key_rows_[NB], *value_rows_[NB];
-    float scales_[NB];  // of keys
+    const T *key_rows_[BLOCK], *value_rows_[BLOCK];
+    float scales_[BLOCK];  // of keys
     float *queries_, *sums_, *keys_, *values_, *scores_, *most_, *zeros_;
     float* total_;  // of each row VL sums until its end
 };

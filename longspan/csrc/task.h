@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int NB = 128;         // keys of a block
+constexpr int NB = 128;         // words of weights of a block of keys
 // Queries (of a group of heads) that meet a key at once where keys are not packed: a vector has a
 // score of each. And how many there may be, in rounds that cost less than packing.
 constexpr int FEW = VL < 8 ? VL : 8, DIRECT = 4 * FEW;

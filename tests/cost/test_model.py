@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from plain_cost import PlainCost
 
 from longspan.cost.kv_shape import KVShape
-from longspan.cost.model import CostModel
+from longspan.cost.model import MEETING_SECONDS, MEETINGS, CostModel
 from longspan.cost.rates import CPU_THREAD, CUDA, LinkRates, Rates
 from longspan.models import ModelSpec
 from longspan.plan import Run, Segment, Shard, Strategy
@@ -88,6 +88,19 @@ def test_a_decode_token_by_hand() -> None:
     assert ROUND.decode_seconds([10]) == pytest.approx(0.1 + 6.4)
     assert ROUND.decode_seconds([10, 4]) == pytest.approx(0.1 + 6.4 + 2 + 8)
     assert ROUND.decode_seconds([4, 10, 7]) == pytest.approx(0.1 + 6.4 + 2 + 2 * 8)
+
+
+def test_gathering_saves_what_decoding_alone_takes_less() -> None:
+    assert ROUND.saved_by_gathering([10]) == 0
+    alone = ROUND.decode_seconds([14])
+    assert ROUND.saved_by_gathering([10, 4]) == pytest.approx(ROUND.decode_seconds([10, 4]) - alone)
+    joint = CostModel(*PLAIN[2], joins=True)
+    assert joint.decode_seconds([10]) == ROUND.decode_seconds([10])
+    meetings = joint.shape.num_layers * MEETINGS * MEETING_SECONDS
+    assert joint.decode_seconds([10, 4]) == pytest.approx(0.1 + 6.4 + meetings)
+    weights = joint.base_seconds - joint.rates.step_seconds
+    saved = joint.decode_seconds([10, 4]) - alone - weights / 2
+    assert joint.saved_by_gathering([10, 4]) == pytest.approx(saved)
 
 
 def test_a_step_by_hand() -> None:
