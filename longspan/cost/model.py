@@ -74,14 +74,16 @@ class CostModel:
         joins: bool = False,
     ) -> None:
         self.shape = shape
-        self.joins = joins
-        """Whether ranks of several decode jointly, each reading a part of the weights."""
         self.rates = rates
         self.topology = topology
         self.hidden = hidden
         layers = shape.num_layers
-        self._weights = num_active_parameters * shape.itemsize / rates.memory_bytes
-        self._base = rates.step_seconds + self._weights
+        weights = num_active_parameters * shape.itemsize / rates.memory_bytes
+        self._base = rates.step_seconds + weights
+        meetings = layers * MEETINGS * MEETING_SECONDS
+        self.joins = joins and weights * (1 - 1 / topology.num_ranks) > meetings
+        """Whether ranks decode jointly: if they can, and it is worth their meetings that each of
+        them reads but a part of the weights."""
         self._token = 2 * num_active_parameters / rates.linear_flops
         self._attention = AttentionCost(
             attend=layers * rates.attend_seconds,
@@ -275,23 +277,18 @@ class CostModel:
 
         On one holder that is all; else the slowest holder's attention, and in every layer a pass-Q
         exchange with each of the others, behind which nothing is computed, and whose answers are
-        merged; or, where ranks decode jointly, their meetings.
+        merged, unless ranks decode jointly.
         """
         seconds = self._token + self._attention.of_one(max(keys))
         size = len(keys)
         if size == 1:
             return seconds
         if self.joins:
-            return seconds + self.shape.num_layers * MEETINGS * MEETING_SECONDS
+            return seconds
         link = self._link(size, one=size == 2)
         sent = self.shape.query_bytes * (size - 1) / link.bytes
         merging = self._attention.attend * (size - 1)
         return seconds + merging + self.shape.num_layers * (2 * link.seconds + sent)
-
-    def saved_by_gathering(self, keys: Sequence[int]) -> float:
-        """What each decode token would take less if all keys were on one of their holders."""
-        saved = self.decode_seconds(keys) - self.decode_seconds([sum(keys)])
-        return saved - self._weights * (1 - 1 / len(keys)) if self.joins else saved
 
     def move_seconds(self, tokens: int) -> float:
         """Copying so many tokens' keys and values of all layers to another rank, in one message."""

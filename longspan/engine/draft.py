@@ -56,6 +56,10 @@ class Draft:
         return max(most - base - self.decode_seconds[rank], base)
 
     @property
+    def _all_are_idle(self) -> bool:
+        return len(self.idle) == len(self.tokens)
+
+    @property
     def has_room(self) -> bool:
         """Whether any rank has a token left."""
         return any(self.tokens[rank] for rank in self.idle)
@@ -135,8 +139,14 @@ class Draft:
     def steps(self, teams: Teams, numbers: Iterator[int]) -> list[Step]:
         """One step for each team that has anything to do, with its plans.
 
-        `numbers` are those of joint steps.
+        If all ranks are idle and only decode, it is one joint step, whose number is the next of
+        `numbers`.
         """
+        whole = Step(self.chunks, self.gatherings)
+        if self.chunks and self.cost.joins and whole.can_be_joint and self._all_are_idle:
+            whole.make_joint_plans(tuple(sorted(self.idle)), next(numbers))
+            whole.seconds = self.cost.base_seconds + max(self.decode_seconds)
+            return [whole]
         steps: dict[Team, Step] = {}
         for chunk in self.chunks:
             rank = chunk.segment.shards[0].rank
@@ -145,10 +155,7 @@ class Draft:
         for gathering in self.gatherings:
             steps[teams.of(gathering.places[0].rank)].gatherings.append(gathering)
         for step in steps.values():
-            if self.cost.joins and step.can_be_joint:
-                step.make_joint_plans(next(numbers))
-            else:
-                step.make_plans()
+            step.make_plans()
             step.seconds = self.cost.base_seconds + max(
                 self.decode_seconds[rank] + self.prefill_seconds[rank] for rank in step.plans
             )

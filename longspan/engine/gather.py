@@ -35,7 +35,7 @@ class Gatherer:
         away = [rank for rank in request.holdings if rank != request.home]
         pages = sum(request.holdings[rank].tokens for rank in away) // size
         keys = [holding.tokens for holding in request.holdings.values()]
-        saved = self.cost.saved_by_gathering(keys)
+        saved = self.cost.decode_seconds(keys) - self.cost.decode_seconds([sum(keys)])
         following = request.expected_tokens - request.num_tokens
         if pages > room or saved * following <= self.cost.move_seconds(pages * size):
             return

@@ -17,7 +17,7 @@ from longspan.engine.prefix_cache import Hit
 from longspan.engine.request import Request
 from longspan.engine.running import Running, by_order
 from longspan.engine.step import Step, decode_chunk, prefill_chunk
-from longspan.plan import RankResult, Run, Shard, Strategy
+from longspan.plan import MOST_JOINT_ROWS, RankResult, Run, Shard, Strategy
 
 LOOKAHEAD = 8
 """So many waiting requests whose ranks are busy or full may be passed by others in a round."""
@@ -66,7 +66,12 @@ class Scheduler:
             self._running.release(request)
 
     def schedule(self) -> list[Step]:
-        """Make a step for each idle team with anything to do; its ranks are busy from now on."""
+        """Make a step for each idle team with anything to do; its ranks are busy from now on.
+
+        Ranks that decode jointly wait for each other while there is nothing else to do.
+        """
+        if self._steps and self._decodes_jointly:
+            return []
         config = self.config
         draft = Draft(
             self._idle_ranks(),
@@ -126,6 +131,11 @@ class Scheduler:
             elif request.num_pending == 1 and len(request.ranks) > len(request.holdings):
                 self._running.part(request)
         return drawn
+
+    @property
+    def _decodes_jointly(self) -> bool:
+        num_prompts = len(self.waiting) + len(self._running.prefilling)
+        return self.cost.joins and not num_prompts and len(self.running) <= MOST_JOINT_ROWS
 
     def _idle_ranks(self) -> list[int]:
         """The ranks of teams that are not at work."""

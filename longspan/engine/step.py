@@ -95,19 +95,13 @@ class Step:
 
     @property
     def can_be_joint(self) -> bool:
-        """Whether it is but one token of each request, and of some several ranks hold keys."""
-        return (
-            len(self.chunks) <= MOST_JOINT_ROWS
-            and any(len(chunk.segment.shards) > 1 for chunk in self.chunks)
-            and all(
-                sum(shard.num_queries for shard in chunk.segment.shards) == 1
-                for chunk in self.chunks
-            )
+        """Whether it is but one token of each request, of not too many."""
+        return len(self.chunks) <= MOST_JOINT_ROWS and all(
+            sum(shard.num_queries for shard in chunk.segment.shards) == 1 for chunk in self.chunks
         )
 
-    def make_joint_plans(self, number: int) -> None:
-        """Tell every rank with a share in the step to compute all of it with the others."""
-        ranks = tuple(sorted({s.rank for chunk in self.chunks for s in chunk.segment.shards}))
+    def make_joint_plans(self, ranks: tuple[int, ...], number: int) -> None:
+        """Tell ranks to compute all of the step together, also those that hold none of its keys."""
         packed: list[int] = []
         samplings: dict[int, list[Sampling]] = {rank: [] for rank in ranks}
         for row, (request, end, segment) in enumerate(self.chunks):

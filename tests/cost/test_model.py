@@ -14,6 +14,7 @@ from longspan.cost.model import MEETING_SECONDS, MEETINGS, CostModel
 from longspan.cost.rates import CPU_THREAD, CUDA, LinkRates, Rates
 from longspan.models import ModelSpec
 from longspan.plan import Run, Segment, Shard, Strategy
+from longspan.topology import Topology
 
 # On ROUND a token takes 0.1 s, a pair 0.64 s, a key read 0.32 s, a key sent 1.6 s, a query and its
 # state 8 s; a call 1 s; all of them in both layers. A step 1 s, weights 2 s.
@@ -90,17 +91,25 @@ def test_a_decode_token_by_hand() -> None:
     assert ROUND.decode_seconds([4, 10, 7]) == pytest.approx(0.1 + 6.4 + 2 + 2 * 8)
 
 
-def test_gathering_saves_what_decoding_alone_takes_less() -> None:
-    assert ROUND.saved_by_gathering([10]) == 0
-    alone = ROUND.decode_seconds([14])
-    assert ROUND.saved_by_gathering([10, 4]) == pytest.approx(ROUND.decode_seconds([10, 4]) - alone)
-    joint = CostModel(*PLAIN[2], joins=True)
-    assert joint.decode_seconds([10]) == ROUND.decode_seconds([10])
-    meetings = joint.shape.num_layers * MEETINGS * MEETING_SECONDS
-    assert joint.decode_seconds([10, 4]) == pytest.approx(0.1 + 6.4 + meetings)
-    weights = joint.base_seconds - joint.rates.step_seconds
-    saved = joint.decode_seconds([10, 4]) - alone - weights / 2
-    assert joint.saved_by_gathering([10, 4]) == pytest.approx(saved)
+def test_ranks_decode_jointly_if_reading_less_is_worth_meeting() -> None:
+    shape, two = PLAIN[2].shape, Topology.of_hosts([2])
+    rates = replace(PLAIN[2].rates, memory_bytes=1e9)
+
+    def joins(parameters: int, topology: Topology = two, *, can: bool = True) -> bool:
+        return CostModel(shape, parameters, rates, topology, joins=can).joins
+
+    just_enough = 2 * MEETINGS * MEETING_SECONDS * shape.num_layers * 1e9 / shape.itemsize
+    assert joins(int(1.1 * just_enough))
+    assert not joins(int(0.9 * just_enough))
+    assert joins(int(0.9 * just_enough), Topology.of_hosts([4]))
+    assert not joins(10**9, Topology.of_hosts([1]))
+    assert not joins(10**9, can=False)
+
+
+def test_a_joint_decode_token_waits_for_no_messages() -> None:
+    shape, parameters, rates, *_ = PLAIN[2]
+    joint = CostModel(shape, parameters, rates, Topology.of_hosts([2]), joins=True)
+    assert joint.decode_seconds([10, 4]) == joint.decode_seconds([10]) == pytest.approx(0.1 + 6.4)
 
 
 def test_a_step_by_hand() -> None:

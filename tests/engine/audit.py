@@ -150,10 +150,10 @@ class Audit:
     def check_agreement(self, plans: Plans) -> None:
         """Exactly the ranks with a share have a part, all the same one, all in the same order.
 
-        In a joint step all of its ranks have a part of everything.
+        In a joint step all ranks have a part of everything.
         """
         joint = all(plan.joint for plan in plans.values())
-        holders = {shard.rank for segment in segments(plans) for shard in segment.shards}
+        assert not joint or len(plans) == self.engine.ledger.num_ranks
         contacted: dict[Segment, set[int]] = {}
         for rank, plan in plans.items():
             assert plan.parts, "no rank is contacted without a part"
@@ -162,7 +162,7 @@ class Audit:
         for segment, ranks in contacted.items():
             held = [shard.rank for shard in segment.shards]
             assert held == sorted(held)
-            assert ranks == (holders if joint else set(held))
+            assert ranks == (set(plans) if joint else set(held))
         names = [segment.request_id for segment in contacted]
         assert len(set(names)) == len(names) <= self.engine.config.max_num_seqs
         orders = [[part.segment.request_id for part in plan.parts] for plan in plans.values()]

@@ -222,7 +222,7 @@ def simulated_engine(
         eos_token_ids=(0,),
         dtype="bfloat16",
         kv_cache_dtype="bfloat16",
-        num_active_parameters=1000,
+        num_active_parameters=10**7 if joins else 1000,
     )
     executor = SimulatedExecutor(num_pages, page_size, order)
     executor.rates, executor.joins = rates, joins

@@ -28,9 +28,6 @@ class Cost:
     def decode_seconds(self, keys: Sequence[int]) -> float:
         return self._holder * len(keys)
 
-    def saved_by_gathering(self, keys: Sequence[int]) -> float:
-        return self.decode_seconds(keys) - self.decode_seconds([sum(keys)])
-
     def move_seconds(self, tokens: int) -> float:
         return self._move * tokens / PAGE
 
