@@ -42,6 +42,7 @@ class Ranks:
         self.num_pages = (627,) * num_ranks
         self.rates = CPU_THREAD
         self.topology = Topology.of_hosts([num_ranks])
+        self.joins = False
         self._seconds = seconds
         self._done: dict[int, RankResult] = {}
 
