@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.compiled import NUMBER, POINTER, SOURCES, THREADS, function, library
-from longspan.worker.linear import INPUTS_MULTIPLE, PARALLEL_WEIGHTS
+from longspan.worker.linear import INPUTS_MULTIPLE, PARALLEL_WEIGHTS, suits_kernels
 
 __all__ = ["FusedLayer", "fuse_layers"]
 
@@ -124,7 +124,7 @@ class FusedLayer:
         table = position_embeddings[0]
         return (
             batch == 1
-            and rows > 0
+            and suits_kernels(rows)
             and hidden == self._layer.hidden
             and table.shape[:-1] == (1, rows)
             and table.shape[-1] <= self._layer.head_dim

@@ -28,12 +28,14 @@ SHARE_GPU = "LONGSPAN_SHARE_GPU"
 def launch(start: Start) -> ModelRunner:
     """Join the other ranks and load the model. Waits until all ranks have come."""
     logging.disable_progress_bar()
-    device = device_of(start.config, start.topology, start.rank)
-    store = _store(start.rendezvous, start.topology.num_ranks)
-    runner = ModelRunner(start.config, start.spec, _connect(start, device, store), device)
-    if start.topology.num_ranks > 1:
-        floats = runner.joint_row_floats if _may_meet(start.topology) else None
-        runner.meeting = Meeting.open(start.rank, start.topology.num_ranks, floats, store)
+    config, topology, rank = start.config, start.topology, start.rank
+    device = device_of(config, topology, rank)
+    if topology.num_ranks == 1:
+        return ModelRunner(config, start.spec, ThreadTransport.connect(topology)[0], device)
+    store = _store(start.rendezvous, topology.num_ranks)
+    runner = ModelRunner(config, start.spec, _connect(start, device, store), device)
+    floats = runner.joint_row_floats if _may_meet(topology) else None
+    runner.meeting = Meeting.open(rank, topology.num_ranks, floats, store)
     return runner
 
 
@@ -81,8 +83,6 @@ def _may_meet(topology: Topology) -> bool:
 
 def _connect(start: Start, device: torch.device, store: Store) -> Transport:
     topology = start.topology
-    if topology.num_ranks == 1:
-        return ThreadTransport.connect(topology)[0]
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)

@@ -11,11 +11,12 @@ from torch.nn import functional
 
 from longspan.compiled import NUMBER, POINTER, SOURCES, THREADS, function, library
 
-__all__ = ["FastLinear", "use_fast_linears"]
+__all__ = ["FastLinear", "suits_kernels", "use_fast_linears"]
 
 FEW_ROWS = 32
-"""Up to so many rows, as a decode step has, meet weights where they lie; for more these are packed
-first, as in `csrc/product.h`."""
+"""Up to so many meet weights where they lie, and all threads share the weights."""
+ROWS_OF_A_THREAD = 24
+"""Of more, each thread takes some, and packs all weights for them: fewer are not worth it."""
 PARALLEL_WEIGHTS = 1 << 16
 """A smaller layer is done before a second thread has begun."""
 BLOCK_WEIGHTS = 1 << 19
@@ -43,7 +44,7 @@ class FastLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N], of the same dtype."""
         rows = input.numel() // self.in_features
-        if self._kernel is not None and rows:
+        if self._kernel is not None and suits_kernels(rows):
             return self._by_kernel(input, rows)
         return self._by_widened_blocks(input) if self._is_widened else super().forward(input)
 
@@ -80,6 +81,11 @@ class FastLinear(nn.Linear):
             bias = None if self.bias is None else self.bias[block].float()
             out[..., block] = functional.linear(x, self.weight[block].float(), bias)
         return out
+
+
+def suits_kernels(rows: int) -> bool:
+    """Whether kernels of ours compute so many rows sooner than libraries do."""
+    return 0 < rows <= FEW_ROWS or rows >= ROWS_OF_A_THREAD * torch.get_num_threads()
 
 
 def use_fast_linears(model: nn.Module) -> None:

@@ -134,6 +134,17 @@ def test_a_row_does_not_depend_on_those_beside_it(tmp_path: Path) -> None:
         assert torch.allclose(states, together[row], rtol=1e-5, atol=1e-5)
 
 
+def test_too_few_rows_for_all_threads_go_through_the_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("llama", tmp_path, torch.float32)
+    before = logits(model, 100)
+    assert len(fuse_layers(model)) == LAYERS
+    assert not torch.equal(logits(model, 100), before)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert torch.equal(logits(model, 100), before)
+
+
 def test_without_a_compiler_nothing_is_fused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
