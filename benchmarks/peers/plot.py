@@ -36,11 +36,11 @@ def save_plot(rows: Sequence[Mapping[str, Any]], machine: str, path: Path) -> No
 
 def _draw_ttft(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     for name in dict.fromkeys(row["engine"] for row in rows):
-        points = [
+        points = sorted(
             (row["prompt_tokens"], row["ttft_s"])
             for row in rows
             if row["engine"] == name and row["ttft_s"] is not None
-        ]
+        )
         axes.plot(
             *zip(*points, strict=True), "o-", color=COLORS.get(name), label=NAMES.get(name, name)
         )
