@@ -89,7 +89,9 @@ class EngineConfig:
         "predicted to be faster.",
     )
     attention_strategy: Strategy = option(
-        "auto", "How ranks share attention; 'auto' picks for each request and step."
+        "auto",
+        "How ranks share attention; 'auto' picks for each request and step, and lets ranks of one "
+        "host on CPU decode together.",
     )
     calibration: str | None = option(
         None,
