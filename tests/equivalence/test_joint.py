@@ -1,15 +1,21 @@
 """Tokens that real processes compute jointly are those of generate."""
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
 import pytest
 import reference
 import zoo
 
 from longspan import LLM, SamplingParams
+from longspan.errors import RankFailedError
 from longspan.plan import RankPlan
+from longspan.worker.processes import ProcessExecutor
 
 LENGTHS = (1, 2, 31, 65, 200)
 NEW = 40
@@ -39,6 +45,11 @@ def start(folder: Path, **options: object) -> tuple[LLM, list[RankPlan]]:
 
     executor.start = note  # type: ignore[method-assign]
     return llm, given
+
+
+def run_to_the_end(llm: LLM) -> None:
+    while llm.engine.has_requests:
+        llm.engine.step()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -79,6 +90,27 @@ def test_a_rank_without_keys_helps_one_that_has_all(tmp_path: Path) -> None:
     assert sum(bool(part.extents) for plan in plans for part in plan.parts) == NEW
     expected = reference.greedy(reference.load(folder), reference.prompt(31), NEW)
     assert found[0].outputs[0].token_ids == expected
+
+
+def test_a_rank_that_dies_among_them_ends_all_within_seconds(tmp_path: Path) -> None:
+    """The other one waits for it in a kernel, which nothing interrupts."""
+    llm, plans = start(zoo.build("llama", tmp_path, **WORTH_SHARING))
+    executor = llm.engine.executor
+    assert isinstance(executor, ProcessExecutor)
+    params = SamplingParams(temperature=0, max_tokens=500, ignore_eos=True)
+    llm.engine.add_request(reference.prompt(31), params)
+    while not any(plan.joint for plan in plans):
+        llm.engine.step()
+    os.kill(executor.pids[1], signal.SIGSTOP)  # the next step begins without it
+    killer = threading.Timer(0.5, os.kill, (executor.pids[1], signal.SIGKILL))
+    killer.start()
+    begun = time.monotonic()
+    with pytest.raises(RankFailedError, match=r"rank 1 .* was killed by SIGKILL"):
+        run_to_the_end(llm)
+    killer.join()
+    while any(psutil.pid_exists(pid) for pid in executor.pids):
+        assert time.monotonic() - begun < 10
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
