@@ -7,32 +7,28 @@
 
 #include "layer.h"
 #include "meeting.h"
+#include "state.h"
 
 namespace {
 
-// The members' states out [rows, heads, depth], lse [rows, heads], one after the other in each
-// member's place, become attention [rows, heads, depth]. A row sees at least one key.
+// One row of the members' states, out [rows, heads, depth] and then lse [rows, heads] in what each has
+// written, becomes `to` [heads, depth]; `own` has room for a row of both.
 template <typename To>
 inline void merge_all(const Meeting& meeting, int64_t row, int64_t rows, const Layer& layer,
-                      To* to) {
-    const int64_t heads = layer.heads, depth = layer.head_dim;
-    for (int64_t i = row * heads; i < (row + 1) * heads; ++i, to += depth) {
-        const auto lse = [&](int64_t member) {
-            return meeting.place(member)[rows * heads * depth + i];
-        };
-        float most = NONE, total = 0;
-        for (int64_t m = 0; m < meeting.num_members; ++m) most = std::max(most, lse(m));
-        for (int64_t m = 0; m < meeting.num_members; ++m) total += std::exp(lse(m) - most);
-        for (int64_t d = 0; d < depth; d += VL) {
-            Vector sum = {};
-            for (int64_t m = 0; m < meeting.num_members; ++m) {
-                const float weight = std::exp(lse(m) - most) / total;
-                if (weight != 0.0f)  // what an empty state holds is nobody's business
-                    sum += splat(weight) * load(meeting.place(m) + i * depth + d);
-            }
-            narrow(sum, to + d);
+                      float* own, To* to) {
+    const int64_t heads = layer.heads, depth = layer.head_dim, width = heads * depth;
+    float* own_lse = own + width;
+    for (int64_t member = 0; member < meeting.num_members; ++member) {
+        const float* out = meeting.found(member) + row * width;
+        const float* lse = meeting.found(member) + rows * width + row * heads;
+        if (member) {
+            absorb(own, own_lse, out, depth, lse, 1, heads, depth, 1);
+        } else {
+            std::copy_n(out, width, own);
+            std::copy_n(lse, heads, own_lse);
         }
     }
+    for (int64_t i = 0; i < width; i += VL) narrow(load(own + i), to + i);
 }
 
 // This member's outputs of x W^T + b go to [rows, its outputs] from `to` on.
@@ -53,7 +49,7 @@ template <typename Take>
 inline void gather(const Meeting& meeting, int64_t outputs, const Take& take) {
     for (int64_t member = 0; member < meeting.num_members; ++member) {
         const int64_t first = meeting.first_of(outputs, member);
-        take(first, meeting.place(member), meeting.first_of(outputs, member + 1) - first);
+        take(first, meeting.found(member), meeting.first_of(outputs, member + 1) - first);
     }
 }
 
@@ -63,16 +59,14 @@ void after(const Layer& layer, Meeting& meeting, const float* out, const float* 
            T* y, int64_t rows, int threads) {
     const int64_t hidden = layer.hidden, inner = layer.gate.outputs, heads = layer.heads;
     const int64_t width = heads * layer.head_dim;
-    float* sums = memory_of<BETWEEN>(rows * (hidden + std::max({hidden, width, inner})));
+    const int64_t state = width + heads, widest = std::max({hidden, width, inner});
+    float* states = memory_of<BETWEEN>(rows * (state + hidden + widest));
+    float* sums = states + rows * state;
     auto* input = reinterpret_cast<Input<T>*>(sums + rows * hidden);  // of one product after the other
     const auto meet = [&] {
 #pragma omp barrier
 #pragma omp single
         meeting.meet();
-    };
-    const auto go_on = [&] {
-#pragma omp single
-        meeting.go_on();
     };
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -83,8 +77,8 @@ void after(const Layer& layer, Meeting& meeting, const float* out, const float* 
         }
         meet();
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; ++r) merge_all(meeting, r, rows, layer, input + r * width);
-        go_on();
+        for (int64_t r = 0; r < rows; ++r)
+            merge_all(meeting, r, rows, layer, states + r * state, input + r * width);
         apply_part<T>(meeting, layer.o, input, rows, width, meeting.own());
         meet();
 #pragma omp for schedule(static)
@@ -97,7 +91,6 @@ void after(const Layer& layer, Meeting& meeting, const float* out, const float* 
             });
             normalize(layer.norm2, own, input + r * hidden, hidden);
         }
-        go_on();
         const int64_t own = meeting.first_of(inner, meeting.index + 1) -
                             meeting.first_of(inner, meeting.index);
         apply_part<T>(meeting, layer.gate, input, rows, hidden, meeting.own());
@@ -110,7 +103,6 @@ void after(const Layer& layer, Meeting& meeting, const float* out, const float* 
                 for (int64_t i = 0; i < count; i += VL)
                     narrow(silu(load(gate + i)) * load(up + i), input + r * inner + first + i);
             });
-        go_on();
         apply_part<T>(meeting, layer.down, input, rows, inner, meeting.own());
         meet();
 #pragma omp for schedule(static)
@@ -121,7 +113,6 @@ void after(const Layer& layer, Meeting& meeting, const float* out, const float* 
                     narrow(load(sums + at) + load(part + r * count + i), y + at);
                 }
             });
-        go_on();
     }
 }
 

@@ -40,13 +40,11 @@ template <typename T>
 void before_many(const Layer& layer, const T* x, const Heads<T>& heads, int64_t first,
                  int64_t rows) {
     const int64_t hidden = layer.hidden, count = heads.count(), width = count * layer.head_dim;
-    float* all = memory_of<BETWEEN>(rows * width + (up(rows, MR) + 1) * hidden);
-    float *normal = all + rows * width, *row_of = normal + up(rows, MR) * hidden;
-    for (int64_t r = 0; r < rows; ++r) {
-        auto* one = reinterpret_cast<Input<T>*>(row_of);
+    float* all = memory_of<BETWEEN>(rows * width + up(rows, MR) * hidden);
+    float* normal = all + rows * width;
+    lay_all<T>(rows, hidden, normal, [&](int64_t r, Input<T>* one) {
         normalize(layer.norm1, x + (first + r) * hidden, one, hidden);
-        lay<T>(one, r, hidden, normal);
-    }
+    });
     float* to = all;
     for (const Linear* linear : {&layer.q, &layer.k, &layer.v}) {
         apply_to_many<T>(*linear, normal, rows, hidden, [=](int64_t row, int64_t output, float* sums,
@@ -103,22 +101,19 @@ template <typename T>
 void after_many(const Layer& layer, const float* attention, const T* x, T* y, int64_t rows) {
     const int64_t hidden = layer.hidden, inner = layer.gate.outputs;
     const int64_t width = layer.heads * layer.head_dim, widest = std::max({hidden, width, inner});
-    float* sums = memory_of<BETWEEN>(rows * (hidden + inner) + (up(rows, MR) + 1) * widest);
+    float* sums = memory_of<BETWEEN>(rows * (hidden + inner) + up(rows, MR) * widest);
     float *gate = sums + rows * hidden, *input = gate + rows * inner;
-    auto* one = reinterpret_cast<Input<T>*>(input + up(rows, MR) * widest);
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < width; i += VL) narrow(load(attention + r * width + i), one + i);
-        lay<T>(one, r, width, input);
-    }
+    lay_all<T>(rows, width, input, [=](int64_t r, Input<T>* one) {
+        narrow_all(attention + r * width, one, width);
+    });
     apply_to_many<T>(layer.o, input, rows, width, [=](int64_t row, int64_t output, float* found,
                                                       int64_t outputs) {
         const int64_t at = row * hidden + output;
         for (int64_t i = 0; i < outputs; ++i) sums[at + i] = widen(x[at + i]) + found[i];
     });
-    for (int64_t r = 0; r < rows; ++r) {
+    lay_all<T>(rows, hidden, input, [&](int64_t r, Input<T>* one) {
         normalize(layer.norm2, sums + r * hidden, one, hidden);
-        lay<T>(one, r, hidden, input);
-    }
+    });
     apply_to_many<T>(layer.gate, input, rows, hidden, [=](int64_t row, int64_t output, float* found,
                                                           int64_t outputs) {
         for (int64_t i = 0; i < outputs; i += VL)
@@ -129,10 +124,9 @@ void after_many(const Layer& layer, const float* attention, const T* x, T* y, in
         float* to = gate + row * inner + output;
         for (int64_t i = 0; i < outputs; i += VL) store(to + i, load(to + i) * load(found + i));
     });
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < inner; i += VL) narrow(load(gate + r * inner + i), one + i);
-        lay<T>(one, r, inner, input);
-    }
+    lay_all<T>(rows, inner, input, [=](int64_t r, Input<T>* one) {
+        narrow_all(gate + r * inner, one, inner);
+    });
     apply_to_many<T>(layer.down, input, rows, inner, [=](int64_t row, int64_t output, float* found,
                                                          int64_t outputs) {
         const int64_t at = row * hidden + output;
@@ -154,7 +148,8 @@ void after(const Layer& layer, const float* attention, const T* x, T* y, int64_t
            int threads) {
     if (rows <= FEW_ROWS) return after_few(layer, attention, x, y, rows, threads);
     const int64_t hidden = layer.hidden, width = layer.heads * layer.head_dim;
-    in_parts(rows, layer.gate.outputs, threads, [&](int64_t first, int64_t count) {
+    const int64_t widest = std::max({hidden, width, layer.gate.outputs});
+    in_parts(rows, widest, threads, [&](int64_t first, int64_t count) {
         after_many(layer, attention + first * width, x + first * hidden, y + first * hidden, count);
     });
 }
@@ -165,7 +160,7 @@ void after(const Layer& layer, const float* attention, const T* x, T* y, int64_t
     extern "C" void longspan_before_##name(const Layer* layer, const T* x, const T* cos,        \
                                            const T* sin, int64_t rotated, T* q, T* k, T* v,     \
                                            int64_t rows, int threads) {                         \
-        before(*layer, x, Heads<T>{*layer, cos, sin, rotated, q, k, v}, rows, threads);                           \
+        before(*layer, x, Heads<T>{*layer, cos, sin, rotated, q, k, v}, rows, threads);         \
     }                                                                                           \
     extern "C" void longspan_after_##name(const Layer* layer, const float* attention,           \
                                           const T* x, T* y, int64_t rows, int threads) {        \

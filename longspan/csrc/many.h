@@ -1,6 +1,6 @@
 // x W^T for the many rows x of a prompt: W is packed into panels, each of which meets all rows.
 //
-// A thread has some hundred rows of its own, and takes them through all that is done to them; the
+// A thread has up to a thousand rows of its own, and takes them through all that is done to them; the
 // threads share nothing and don't wait for each other. What is packed for so many rows costs them
 // one percent.
 #pragma once
@@ -23,6 +23,16 @@ inline void lay(const Input<W>* x, int64_t row, int64_t numbers, float* panels) 
     const int64_t words = words_of<W>(numbers);
     float* to = panels + row / MR * MR * words + row % MR;
     for (int64_t i = 0; i < words; ++i) to[i * MR] = Words<W>::word(x, i, 1.0f);
+}
+
+// Lays all rows that `make(row, numbers)` makes.
+template <typename W, typename Make>
+inline void lay_all(int64_t rows, int64_t numbers, float* panels, const Make& make) {
+    auto* one = reinterpret_cast<Input<W>*>(memory_of<INPUTS>(numbers));
+    for (int64_t r = 0; r < rows; ++r) {
+        make(r, one);
+        lay<W>(one, r, numbers, panels);
+    }
 }
 
 // x W^T by one thread, x in panels. Calls `take(row, output, sums, count)` with each row's sums of

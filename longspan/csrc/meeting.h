@@ -25,14 +25,13 @@ struct Meeting {
     int64_t num_members, index;
     int64_t turn;           // how often they have met; those who meet agree on the first one
 
-    float* place(int64_t member) const {
-        const int64_t at = (turn & 1) * ranks + members[member];
-        return reinterpret_cast<float*>(memory + ranks * LINE) + at * place_floats;
-    }
+    // Where this rank may write until it meets the others.
+    float* own() const { return place(turn, index); }
 
-    float* own() const { return place(index); }
+    // What a member had written when they last met; it stays until the next meeting.
+    const float* found(int64_t member) const { return place(turn - 1, member); }
 
-    // This rank has written to its place. Returns when all have, and `place` is where they did.
+    // This rank has written to its place. Returns when all have.
     void meet() {
         flag(index).store(turn + 1, std::memory_order_release);
         for (int64_t member = 0; member < num_members; ++member)
@@ -42,10 +41,8 @@ struct Meeting {
 #endif
                 if (tries >= TRIES) sched_yield();
             }
+        ++turn;
     }
-
-    // From now on `own` is the other place.
-    void go_on() { ++turn; }
 
     // Where a member's part of so many numbers, a multiple of 16, begins; the last one's ends it.
     int64_t first_of(int64_t numbers, int64_t member) const {
@@ -53,6 +50,11 @@ struct Meeting {
     }
 
   private:
+    float* place(int64_t of_turn, int64_t member) const {
+        const int64_t at = (of_turn & 1) * ranks + members[member];
+        return reinterpret_cast<float*>(memory + ranks * LINE) + at * place_floats;
+    }
+
     std::atomic<int64_t>& flag(int64_t member) const {
         return *reinterpret_cast<std::atomic<int64_t>*>(memory + members[member] * LINE);
     }
