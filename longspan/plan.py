@@ -49,11 +49,15 @@ class Shard(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One request in one step: how its attention is shared, and every rank's share of it."""
+    """One request in one step: how its attention is shared, and every rank's share of it.
+
+    If it `draws`, the output of its last query is used; of all others only the keys are.
+    """
 
     request_id: str
     strategy: Strategy
     shards: tuple[Shard, ...]
+    draws: bool = True
 
     def shard(self, rank: int) -> Shard:
         """The share of one rank; an empty one if it has none."""
@@ -61,6 +65,24 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
             if shard.rank == rank:
                 return shard
         return Shard(rank, (), 0, ())
+
+    def in_last_layer(self) -> "Segment":
+        """The same without the queries whose output in the model's last layer nobody uses."""
+        runs = [run for shard in self.shards for run in shard.queries]
+        last = max(run.end for run in runs) - 1
+        if self.draws and len(runs) == runs[0].length == 1:
+            return self
+        drawn = (Run(last, 1),) if self.draws else ()
+        shards = tuple(
+            Shard(
+                shard.rank,
+                drawn if any(run.start <= last < run.end for run in shard.queries) else (),
+                shard.cached,
+                shard.keys,
+            )
+            for shard in self.shards
+        )
+        return Segment(self.request_id, self.strategy, shards, self.draws)
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):

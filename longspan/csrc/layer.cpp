@@ -10,7 +10,7 @@
 
 namespace {
 
-// From x [rows, hidden] all heads.
+// From x [rows, hidden] all heads that are wanted.
 template <typename T>
 void before_few(const Layer& layer, const T* x, const Heads<T>& heads, int64_t rows, int threads) {
     const int64_t hidden = layer.hidden, count = heads.count(), width = count * layer.head_dim;
@@ -23,6 +23,7 @@ void before_few(const Layer& layer, const T* x, const Heads<T>& heads, int64_t r
             normalize(layer.norm1, x + r * hidden, normal + r * hidden, hidden);
         float* to = all;
         for (const Linear* linear : {&layer.q, &layer.k, &layer.v}) {
+            if (linear == &layer.q && !heads.q) continue;
             apply<T>(*linear, normal, rows, hidden, [=](int64_t output, int64_t row, float value) {
                 to[row * width + output] = value;
             });
@@ -47,6 +48,7 @@ void before_many(const Layer& layer, const T* x, const Heads<T>& heads, int64_t 
     });
     float* to = all;
     for (const Linear* linear : {&layer.q, &layer.k, &layer.v}) {
+        if (linear == &layer.q && !heads.q) continue;
         apply_to_many<T>(*linear, normal, rows, hidden, [=](int64_t row, int64_t output, float* sums,
                                                             int64_t outputs) {
             std::copy_n(sums, outputs, to + row * width + output);

@@ -72,17 +72,19 @@ inline Vector silu(Vector x) {
     return x * (x < Vector{} ? power : one) / (one + power);
 }
 
-// What a thread has computed of a row's heads becomes its part of q, k and v.
+// What a thread has computed of a row's heads becomes its part of q, k and v, or without q of k, v.
 template <typename T>
 struct Heads {
     const Layer& layer;
     const T *cos, *sin;  // [rows, rotated], which may be 0
     int64_t rotated;
-    T *q, *k, *v;  // [rows, heads or kv_heads, head_dim]
+    T *q, *k, *v;  // [rows, heads or kv_heads, head_dim]; q may be null
 
-    int64_t count() const { return layer.heads + 2 * layer.kv_heads; }
+    int64_t first() const { return q ? 0 : layer.heads; }
+    int64_t count() const { return layer.heads + 2 * layer.kv_heads - first(); }
 
     void finish(float* own, int64_t row, int64_t head) const {
+        head += first();
         const int64_t depth = layer.head_dim, kv_head = (head - layer.heads) % layer.kv_heads;
         const bool is_q = head < layer.heads, is_k = !is_q && head < layer.heads + layer.kv_heads;
         const Norm& norm = is_q ? layer.q_norm : layer.k_norm;

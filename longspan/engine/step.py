@@ -50,7 +50,8 @@ def prefill_chunk(
     end, request.home = max((new[-1].end, rank) for rank, new in runs.items())
     request.in_flight = True
     strategy = choose(request, shards)
-    return Chunk(request, end, Segment(request.request_id, strategy, shards))
+    draws = end == request.num_tokens
+    return Chunk(request, end, Segment(request.request_id, strategy, shards, draws))
 
 
 def decode_chunk(
@@ -104,10 +105,10 @@ class Step:
         """Tell ranks to compute all of the step together, also those that hold none of its keys."""
         packed: list[int] = []
         samplings: dict[int, list[Sampling]] = {rank: [] for rank in ranks}
-        for row, (request, end, segment) in enumerate(self.chunks):
+        for row, (request, _, segment) in enumerate(self.chunks):
             for run in (run for shard in segment.shards for run in shard.queries):
                 packed += request.tokens_of(run)
-            if end == request.num_tokens:
+            if segment.draws:
                 assert request.home is not None
                 samplings[request.home].append(request.sampling(row))
         moves = list(_moves(self.gatherings))
@@ -126,7 +127,7 @@ class Step:
         packed: dict[int, list[int]] = {}
         parts: dict[int, list[Part]] = {}
         samplings: dict[int, list[Sampling]] = {}
-        for request, end, segment in self.chunks:
+        for request, _, segment in self.chunks:
             holdings = request.holdings
             for shard in segment.shards:
                 rank = shard.rank
@@ -135,7 +136,7 @@ class Step:
                 parts[rank].append(Part(segment, holdings[rank].extents))
                 for run in shard.queries:
                     packed[rank] += request.tokens_of(run)
-                if rank == request.home and end == request.num_tokens:
+                if rank == request.home and segment.draws:
                     samplings[rank].append(request.sampling(len(packed[rank]) - 1))
         moves = list(_moves(self.gatherings))
         self.plans = {

@@ -80,33 +80,55 @@ class FusedLayer:
         """hidden_states [1, T, N] -> [1, T, N], of the same dtype."""
         if args or not self._takes(hidden_states, **kwargs):
             return self.forward(hidden_states, *args, **kwargs)
-        x, layer = hidden_states.contiguous(), self._layer
-        cos, sin = (table.to(x.dtype).contiguous() for table in kwargs["position_embeddings"])
-        rows = x.shape[1]
-        threads = torch.get_num_threads() if self._is_parallel else 1
-        q = x.new_empty(rows, layer.heads, layer.head_dim)
+        x, step = hidden_states[0].contiguous(), kwargs["step"]
+        tables = [table[0].to(x.dtype).contiguous() for table in kwargs["position_embeddings"]]
+        rows = step.rows(self.index)
+        if rows is None:
+            q, k, v = self._project(x, *tables)
+            return self._finish(step, q, k, v, x).unsqueeze(0)
+        _, k, v = self._project(x, *tables, with_queries=False)
+        kept = x[rows]
+        q, _, _ = self._project(kept, *(table[rows] for table in tables))
+        out = self._finish(step, q, k, v, kept)
+        return x.new_zeros(x.shape).index_copy_(0, rows, out).unsqueeze(0)
+
+    def _project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, *, with_queries: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of rows x [T, N]; none of the first if they aren't wanted."""
+        layer, rows = self._layer, len(x)
+        q = x.new_empty(rows if with_queries else 0, layer.heads, layer.head_dim)
         k, v = x.new_empty(2, rows, layer.kv_heads, layer.head_dim).unbind()
-        self._before(
-            ctypes.addressof(layer),
-            x.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cos.shape[-1] if self.rotates else 0,
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            rows,
-            threads,
-        )
-        step, out = kwargs["step"], torch.empty_like(x)
-        attention = step.attend(self.index, q, k, v)
-        to = (x.data_ptr(), out.data_ptr(), rows, threads)
-        if isinstance(attention, Tensor):
-            self._after(ctypes.addressof(layer), attention.data_ptr(), *to)
-        else:  # a state of this rank's keys alone
+        if rows:
+            self._before(
+                ctypes.addressof(layer),
+                x.data_ptr(),
+                cos.data_ptr(),
+                sin.data_ptr(),
+                cos.shape[-1] if self.rotates else 0,
+                q.data_ptr() if with_queries else None,
+                k.data_ptr(),
+                v.data_ptr(),
+                rows,
+                self._threads,
+            )
+        return q, k, v
+
+    def _finish(self, step: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """The layer's output [T, N] of the rows x [T, N] that q [T, H, D] are of."""
+        attention, out, rows = step.attend(self.index, q, k, v), torch.empty_like(x), len(x)
+        to = (x.data_ptr(), out.data_ptr(), rows, self._threads)
+        if not isinstance(attention, Tensor):  # a state of this rank's keys alone
             states = (attention.out.data_ptr(), attention.lse.data_ptr())
-            self._after_jointly(ctypes.addressof(layer), step.meeting.address, *states, *to)
+            address = ctypes.addressof(self._layer)
+            self._after_jointly(address, step.meeting.address, *states, *to)
+        elif rows:
+            self._after(ctypes.addressof(self._layer), attention.data_ptr(), *to)
         return out
+
+    @property
+    def _threads(self) -> int:
+        return torch.get_num_threads() if self._is_parallel else 1
 
     @property
     def row_floats(self) -> int:
@@ -189,6 +211,9 @@ def fuse_layers(model: nn.Module) -> list[FusedLayer]:
 
 class _AnyAttention:
     """A step whose attention needs no other tokens, and shows each of its inputs."""
+
+    def rows(self, layer: int) -> None:
+        pass
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = (x.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))

@@ -27,7 +27,11 @@ def longspan_attention(
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return step.attend(layer, q, k, v).to(query.dtype).unsqueeze(0), None
+    rows = step.rows(layer)
+    out = step.attend(layer, q if rows is None else q[rows], k, v).to(query.dtype)
+    if rows is not None:
+        out = out.new_zeros(q.shape).index_copy_(0, rows, out)
+    return out.unsqueeze(0), None
 
 
 def register() -> None:

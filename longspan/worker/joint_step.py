@@ -50,6 +50,9 @@ class JointStep:
         self._slots = torch.cat(slots) if slots else None
         self._work = Work(shares)
 
+    def rows(self, layer: int) -> None:
+        """A token is drawn after every row."""
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> AttentionState:
         """Attention of all tokens q [T, H, D] over this rank's keys.
 

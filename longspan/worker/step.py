@@ -13,25 +13,51 @@ from longspan.parallel.exchange import Exchange, LayerExchange
 from longspan.parallel.strategies import STRATEGIES, finish
 from longspan.parallel.tiles import tiles
 from longspan.parallel.transport import Transport
-from longspan.plan import Part, RankPlan
+from longspan.plan import RankPlan, Segment
 from longspan.worker.kv_pool import KVPool
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of the plan with this rank's rows of the packed batch and ranges of the pool."""
+    """A segment with this rank's rows of the packed queries and ranges of the pool."""
 
-    part: Part
+    segment: Segment
     rows: slice
     ranges: list[slice]
+
+
+class _Attention:
+    """What there is to do for some pieces in a layer, worked out once.
+
+    A strategy's segments travel together. pass-KV has a ring for each set of ranks; the others
+    send each pair of ranks one message. All ranks start the exchanges in the same order, which
+    comes from the plan alone.
+    """
+
+    def __init__(self, pieces: Sequence[_Piece], transport: Transport) -> None:
+        local: list[Share] = []
+        shared: dict[tuple[str, tuple[int, ...]], list[_Piece]] = {}
+        for piece in pieces:
+            segment = piece.segment
+            if segment.strategy == "local":
+                shard = segment.shard(transport.rank)
+                local.append(Share(piece.rows.start, tiles(shard, shard), piece.ranges))
+            else:
+                ranks = tuple(shard.rank for shard in segment.shards)
+                key = (segment.strategy, ranks if segment.strategy == "pass_kv" else ())
+                shared.setdefault(key, []).append(piece)
+        self.shared = [
+            (strategy, _exchange(group, transport), group)
+            for (strategy, _), group in sorted(shared.items(), key=lambda item: item[0])
+        ]
+        self.local = Work(local)
 
 
 class Step:
     """Everything about one step that doesn't depend on the layer, worked out once.
 
-    A strategy's segments travel together. pass-KV has a ring for each set of ranks; the others
-    send each pair of ranks one message. All ranks start the exchanges in the same order, which
-    comes from the plan alone.
+    The last layer attends only for rows after which a token is drawn: nobody uses the output of
+    the others, only their keys.
     """
 
     def __init__(
@@ -45,49 +71,45 @@ class Step:
         pieces, positions, slots = self._lay_out(plan, transport.rank)
         self.positions = torch.tensor(positions, dtype=torch.int64, device=device)
         self.slots = torch.cat(slots) if slots else self.token_ids
-        local: list[Share] = []
-        shared: dict[tuple[str, tuple[int, ...]], list[_Piece]] = {}
-        for piece in pieces:
-            segment = piece.part.segment
-            if segment.strategy == "local":
-                shard = segment.shard(transport.rank)
-                local.append(Share(piece.rows.start, tiles(shard, shard), piece.ranges))
-            else:
-                ranks = tuple(shard.rank for shard in segment.shards)
-                key = (segment.strategy, ranks if segment.strategy == "pass_kv" else ())
-                shared.setdefault(key, []).append(piece)
-        self._shared = [
-            (strategy, _exchange(group, transport), group)
-            for (strategy, _), group in sorted(shared.items(), key=lambda item: item[0])
-        ]
-        self._local = Work(local)
+        self._inner = self._last = _Attention(pieces, transport)
+        self._drawn: Tensor | None = None
+        drawing, rows = _in_last_layer(pieces, transport.rank)
+        if [piece.segment for piece in drawing] != [piece.segment for piece in pieces]:
+            self._last = _Attention(drawing, transport)
+            self._drawn = torch.tensor(rows, dtype=torch.int64, device=device)
 
     def _lay_out(self, plan: RankPlan, rank: int) -> tuple[list[_Piece], list[int], list[Tensor]]:
         pieces: list[_Piece] = []
         positions: list[int] = []
         slots: list[Tensor] = []
         for part in plan.parts:
-            shard = part.segment.shard(rank)
+            segment, extents = part.segment, part.extents
+            shard = segment.shard(rank)
             rows = slice(len(positions), len(positions) + shard.num_queries)
-            pieces.append(_Piece(part, rows, self.pool.ranges(part.extents, 0, shard.num_keys)))
+            pieces.append(_Piece(segment, rows, self.pool.ranges(extents, 0, shard.num_keys)))
             for run in shard.queries:
                 positions += range(run.start, run.end)
             if shard.num_queries:
-                slots.append(self.pool.slots(part.extents, shard.cached, shard.num_keys))
+                slots.append(self.pool.slots(extents, shard.cached, shard.num_keys))
         return pieces, positions, slots
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of this rank's new tokens q [T, H, D] over their requests' keys everywhere.
+    def rows(self, layer: int) -> Tensor | None:
+        """The rows of the packed batch, ascending, whose attention a layer needs; None for all."""
+        return self._drawn if layer == len(self.pool.data) - 1 else None
 
-        Writes k, v [T, G, D] into the pool first. The first messages leave before local attention
-        begins, so that it hides them. Returns [T, H, D] in float32. T may be 0: other ranks need
-        this one's keys all the same.
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of this rank's new tokens over their requests' keys everywhere.
+
+        q [U, H, D] is of the layer's `rows`, k and v [T, G, D] are of all, and first written into
+        the pool. The first messages leave before local attention begins, so that it hides them.
+        Returns [U, H, D] in float32. T may be 0: other ranks need this one's keys all the same.
         """
         self.pool.write(layer, self.slots, k, v)
+        attention = self._inner if self.rows(layer) is None else self._last
         state = AttentionState.empty(len(q), q.shape[1], q.shape[2], q.device)
         kv = self.pool.data[layer]
         jobs = []
-        for strategy, exchange, pieces in self._shared:
+        for strategy, exchange, pieces in attention.shared:
             job = STRATEGIES[strategy](
                 LayerExchange(
                     exchange,
@@ -99,14 +121,27 @@ class Step:
             )
             next(job)
             jobs.append((job, pieces))
-        self.kernel(state, q, kv, self._local, scale=self.scale[layer])
+        self.kernel(state, q, kv, attention.local, scale=self.scale[layer])
         for job, pieces in jobs:
             _place(state, pieces, finish(job))
         return state.out
 
 
+def _in_last_layer(pieces: Sequence[_Piece], rank: int) -> tuple[list[_Piece], list[int]]:
+    """The pieces that draw tokens, and the rows after which this rank draws them."""
+    drawing: list[_Piece] = []
+    drawn: list[int] = []
+    for segment, rows, ranges in ((p.segment.in_last_layer(), p.rows, p.ranges) for p in pieces):
+        first = len(drawn)
+        if segment.shard(rank).num_queries:
+            drawn.append(rows.stop - 1)
+        if segment.draws:
+            drawing.append(_Piece(segment, slice(first, len(drawn)), ranges))
+    return drawing, drawn
+
+
 def _exchange(pieces: Sequence[_Piece], transport: Transport) -> Exchange:
-    return Exchange([p.part.segment for p in pieces], transport, [p.ranges for p in pieces])
+    return Exchange([p.segment for p in pieces], transport, [p.ranges for p in pieces])
 
 
 def _place(

@@ -86,8 +86,9 @@ def expected_bytes(step: Step, shape: KVShape, topology: Topology) -> dict[str, 
     for chunk in step.chunks:
         segment = chunk.segment
         if segment.strategy != "local":
-            near, far = exchanged_bytes(segment.strategy, segment.shards, shape, topology)
-            add(segment.strategy, shape.num_layers * near, shape.num_layers * far)
+            in_layers = [segment] * (shape.num_layers - 1) + [segment.in_last_layer()]
+            for shards in (one.shards for one in in_layers):
+                add(segment.strategy, *exchanged_bytes(segment.strategy, shards, shape, topology))
     for move in (move for plan in step.plans.values() for move in plan.moves):
         half = sum(extent.length for extent in move.sources) * PAGE_SIZE * shape.token_bytes // 2
         crosses = topology.hosts[move.source] != topology.hosts[move.target]

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,36 @@ def load(name: str, folder: Path, dtype: torch.dtype, **overrides: Any) -> nn.Mo
 
 
 class Neighbours:
-    """Attention in which each token sees itself alone, as a step has it."""
+    """Attention in which each token sees itself alone, as a step has it; it may be of use in the
+    last layer for some rows alone."""
+
+    def __init__(self, drawn: Sequence[int] | None = None) -> None:
+        self.drawn = None if drawn is None else torch.tensor(drawn, dtype=torch.int64)
+        self.attended: list[int] = []
+
+    def rows(self, layer: int) -> Tensor | None:
+        return self.drawn if layer == LAYERS - 1 else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.attended.append(len(q))
         group = q.shape[1] // k.shape[1]
+        if len(q) < len(k):
+            k, v = k[self.drawn], v[self.drawn]
         k, v = (x.float().repeat_interleave(group, dim=1) for x in (k, v))
         return v * torch.tanh((q.float() * k).sum(-1, keepdim=True)) + layer
 
 
 @torch.inference_mode()
-def logits(model: nn.Module, rows: int, **kwargs: Any) -> Tensor:
+def logits(model: nn.Module, rows: int, step: Neighbours | None = None, **kwargs: Any) -> Tensor:
     generator = torch.Generator().manual_seed(rows)
     tokens = torch.randint(0, 512, (1, rows), generator=generator)
     positions = torch.randint(0, 5000, (1, rows), generator=generator)
     output = model(
-        input_ids=tokens, position_ids=positions, use_cache=False, step=Neighbours(), **kwargs
+        input_ids=tokens,
+        position_ids=positions,
+        use_cache=False,
+        step=step or Neighbours(),
+        **kwargs,
     )
     found: Tensor = output.logits[0]
     return found
@@ -132,6 +148,23 @@ def test_a_row_does_not_depend_on_those_beside_it(tmp_path: Path) -> None:
         )
         states = alone.logits[0, 0]
         assert torch.allclose(states, together[row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [5, 100])
+@pytest.mark.parametrize("drawn", [[], [4], [0, 3, 4]], ids=str)
+def test_the_last_layer_is_computed_for_drawn_rows_alone(
+    drawn: list[int], rows: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = load("qwen3", tmp_path, dtype)
+    steps = [Neighbours(drawn) for _ in range(2)]
+    modules, whole = logits(model, rows, steps[0])[drawn], logits(model, rows)[drawn]
+    assert torch.equal(modules, whole)
+    assert len(fuse_layers(model)) == LAYERS
+    found, whole = logits(model, rows, steps[1])[drawn], logits(model, rows)[drawn]
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5 if dtype.itemsize == 4 else 2e-2)
+    for step in steps:
+        assert step.attended == [rows] * (LAYERS - 1) + [len(drawn)]
 
 
 def test_too_few_rows_for_all_threads_go_through_the_modules(

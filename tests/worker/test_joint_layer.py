@@ -38,6 +38,9 @@ class OwnKeys:
         self.states = states
         self.meeting = meeting
 
+    def rows(self, layer: int) -> None:
+        pass
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> AttentionState | Tensor:
         state = self.states[layer]
         return state if self.meeting else state.out
