@@ -80,8 +80,10 @@ def test_tree_sends_to_another_host_once_where_pass_q_sends_to_each_rank(
     for strategy in ("pass_q", "tree"):
         _, engine = serve(model_folder("llama"), (2, 2), strategy, [500], kv_cache_tokens=160)
         sent[strategy] = engine.traffic[strategy]
-    # In each layer each token's query goes to the other host, but for the last one drawn.
+    # In each layer each token's query goes to the other host, but for the last one drawn; in
+    # the last layer only those after which a token is drawn.
     shape, tokens = KVShape.of(engine.spec), 500 + NEW_TOKENS - 1
-    assert sent["tree"].far_bytes == tokens * shape.num_layers * shape.query_bytes
+    queries = tokens * (shape.num_layers - 1) + NEW_TOKENS
+    assert sent["tree"].far_bytes == queries * shape.query_bytes
     assert sent["pass_q"].far_bytes == 2 * sent["tree"].far_bytes
     assert sent["pass_q"].bytes == sent["tree"].bytes
