@@ -49,6 +49,7 @@ class Immediate:
     def __init__(self, num_pages: Sequence[int]) -> None:
         self.num_pages = tuple(num_pages)
         self.joins = False
+        self.queues = False
         self.topology = Topology.of_hosts([len(num_pages)])
         self._results: dict[int, RankResult] = {}
 

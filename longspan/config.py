@@ -93,6 +93,9 @@ class EngineConfig:
         "How ranks share attention; 'auto' picks for each request and step, and lets ranks of one "
         "host on CPU decode together.",
     )
+    async_scheduling: bool = option(
+        True, "Plan the next decode step while ranks that are processes compute the last one."
+    )
     calibration: str | None = option(
         None,
         "File that 'longspan calibrate' made: what devices and links were measured to do. Without "
@@ -189,6 +192,7 @@ class EngineConfig:
             ("calibration", str | None, "a path"),
             ("trust_remote_code", bool, "True or False"),
             ("enable_prefix_caching", bool, "True or False"),
+            ("async_scheduling", bool, "True or False"),
             ("gpu_memory_utilization", float | int | None, "a number"),
             ("max_step_time", float | int | None, "a number of seconds or None"),
             ("master_addr", str, "an address or a host's name"),

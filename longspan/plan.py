@@ -133,6 +133,9 @@ class Move(msgspec.Struct, frozen=True, array_like=True, gc=False):
     targets: tuple[Extent, ...]
 
 
+UNKNOWN = -1
+"""In a plan's `token_ids`: what is drawn for that request in the step before."""
+
 MOST_JOINT_ROWS = 32
 """More rows of a step are not computed jointly."""
 
@@ -151,6 +154,7 @@ class Joint(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class RankPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one rank does in one step. `token_ids` are its packed batch, in its parts' order.
 
+    They are all known, or all `UNKNOWN` in a plan that was made before the last one was done.
     `moves` are those that it sends or receives; every rank has them in the same order.
     """
 

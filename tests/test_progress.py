@@ -43,6 +43,7 @@ class Ranks:
         self.rates = CPU_THREAD
         self.topology = Topology.of_hosts([num_ranks])
         self.joins = False
+        self.queues = False
         self._seconds = seconds
         self._done: dict[int, RankResult] = {}
 

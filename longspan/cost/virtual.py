@@ -34,6 +34,7 @@ class VirtualExecutor:
         self.rates = cost.rates
         self.topology = cost.topology
         self.joins = cost.joins
+        self.queues = False
         self.time = 0.0
         """Seconds since the beginning; may be set to a later time while no rank is at work."""
         self.num_steps = 0

@@ -118,6 +118,18 @@ void after(const Layer& layer, Meeting& meeting, const float* out, const float* 
 
 }  // namespace
 
+// Of as many numbers of each rank the largest one at each place. That takes two meetings, so that a
+// step still has an even number of them, and the next one begins with the place that is not read.
+extern "C" void longspan_largest(Meeting* meeting, int32_t* numbers, int64_t count) {
+    std::copy_n(numbers, count, reinterpret_cast<int32_t*>(meeting->own()));
+    meeting->meet();
+    for (int64_t member = 0; member < meeting->num_members; ++member) {
+        const auto* found = reinterpret_cast<const int32_t*>(meeting->found(member));
+        for (int64_t i = 0; i < count; ++i) numbers[i] = std::max(numbers[i], found[i]);
+    }
+    meeting->meet();
+}
+
 #define LONGSPAN_AFTER_JOINTLY(name, T)                                                         \
     extern "C" void longspan_after_jointly_##name(                                              \
         const Layer* layer, Meeting* meeting, const float* out, const float* lse, const T* x,   \

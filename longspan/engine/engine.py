@@ -61,7 +61,8 @@ class Engine:
         joins = executor.joins and config.attention_strategy == "auto"
         rates = rates or executor.rates
         cost = CostModel.of(spec, rates, executor.topology, joins=joins)
-        self.scheduler = Scheduler(config, self.ledger, cost)
+        ahead = executor.queues and config.async_scheduling
+        self.scheduler = Scheduler(config, self.ledger, cost, ahead=ahead)
         self.traffic: dict[str, Traffic] = {}
         self.num_done = 0
         """How often a rank has done its share of a step: as long as it grows, ranks are alive."""
@@ -70,7 +71,7 @@ class Engine:
         self._arrivals = itertools.count()
 
     def step(self, timeout: float | None = None) -> list[Group]:
-        """Start what idle ranks can do, wait for the first that is done; who drew a token?
+        """Start what ranks can do, wait for the first that is done; who drew a token?
 
         Ranks without requests in common don't wait for each other. After `timeout` seconds the
         answer is nobody, so that requests that have come meanwhile can begin on idle ranks.

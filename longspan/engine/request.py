@@ -10,7 +10,7 @@ from longspan.cost.choice import Choice
 from longspan.engine.detokenizer import Detokenizer
 from longspan.engine.prefix_cache import Place, chain
 from longspan.outputs import RequestMetrics
-from longspan.plan import Extent, Run, Sampled, Sampling, TokenLogprob
+from longspan.plan import UNKNOWN, Extent, Run, Sampled, Sampling, TokenLogprob
 from longspan.sampling_params import SamplingParams
 
 MIN_EXPECTED_TOKENS = 16
@@ -81,10 +81,10 @@ class Request:
     """Its pages on other ranks that are still to be moved to its home."""
     choice: Choice | None = field(init=False, default=None)
     """How its ranks shared attention in its last step, if it was on several."""
-    in_flight: bool = field(init=False, default=False)
-    """Whether a step with it is under way: its pages can't be taken now."""
+    in_flight: int = field(init=False, default=0)
+    """How many steps with it are under way: meanwhile its pages can't be taken."""
     doomed: bool = field(init=False, default=False)
-    """Whether its pages are to be taken when that step is done."""
+    """Whether its pages are to be taken when these steps are done."""
     leader: "Request | None" = field(init=False, default=None)
     """The sequence that computes the same prompt first, for this one to share its pages."""
     _page_hashes: list[bytes] = field(init=False, default_factory=list)
@@ -153,9 +153,11 @@ class Request:
         return hashes[:pages]
 
     def tokens_of(self, run: Run) -> list[int]:
-        """The token ids at the positions of a run."""
+        """The token ids at the positions of a run; of the one that is yet to be drawn, UNKNOWN."""
         if run.start == self.num_tokens - 1 and self.output_token_ids:
             return self.output_token_ids[-1:]
+        if run.start == self.num_tokens:
+            return [UNKNOWN]
         prompt = len(self.prompt_token_ids)
         if run.end <= prompt:
             return self.prompt_token_ids[run.start : run.end]
@@ -164,20 +166,35 @@ class Request:
             *self.output_token_ids[max(run.start - prompt, 0) : run.end - prompt],
         ]
 
-    def sampling(self, row: int) -> Sampling:
-        """How to draw the next token from one row of a rank's packed batch."""
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a draw depends on which tokens were drawn before."""
         params = self.params
-        penalised = (
+        return (
             params.repetition_penalty != 1.0
             or params.presence_penalty != 0.0
             or params.frequency_penalty != 0.0
         )
-        early = len(self.output_token_ids) < params.min_tokens
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it may decode on after its next token, and how is known before that is drawn."""
+        return (
+            self.finish_reason is None
+            and not self.doomed
+            and len(self.output_token_ids) + 1 < self.max_tokens
+            and not self.is_penalised
+        )
+
+    def sampling(self, row: int, position: int) -> Sampling:
+        """How to draw the token of a position from one row of a rank's packed batch."""
+        params, penalised = self.params, self.is_penalised
+        early = position - len(self.prompt_token_ids) < params.min_tokens
         return Sampling(
             request_id=self.request_id,
             row=row,
             seed=self.seed,
-            position=self.num_tokens,
+            position=position,
             temperature=params.temperature,
             top_p=params.top_p,
             top_k=max(params.top_k, 0),

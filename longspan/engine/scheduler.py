@@ -1,13 +1,14 @@
 """Decides what every rank computes in its next step. Pure Python: no tensors, no processes."""
 
 from bisect import insort
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import chain, count
 
 from longspan.config import EngineConfig
 from longspan.cost.choice import decide
 from longspan.cost.model import CostModel
 from longspan.engine.admission import Admission
+from longspan.engine.ahead import goes_on
 from longspan.engine.cut import cut
 from longspan.engine.draft import Draft
 from longspan.engine.gather import Gatherer
@@ -17,6 +18,7 @@ from longspan.engine.prefix_cache import Hit
 from longspan.engine.request import Request
 from longspan.engine.running import Running, by_order
 from longspan.engine.step import Step, decode_chunk, prefill_chunk
+from longspan.engine.under_way import UnderWay
 from longspan.plan import MOST_JOINT_ROWS, RankResult, Run, Shard, Strategy
 
 LOOKAHEAD = 8
@@ -31,7 +33,9 @@ class Scheduler:
     begin with them, until every rank's tokens and time are spent.
     """
 
-    def __init__(self, config: EngineConfig, ledger: Ledger, cost: CostModel) -> None:
+    def __init__(
+        self, config: EngineConfig, ledger: Ledger, cost: CostModel, *, ahead: bool = False
+    ) -> None:
         self.config = config
         self.ledger = ledger
         self.cost = cost
@@ -40,8 +44,9 @@ class Scheduler:
         self.num_prefilled = self.num_generated = 0
         """Prompt tokens that have been computed, again after a preemption, and tokens drawn."""
         self._running = Running(ledger)
-        self._steps: dict[int, Step] = {}
-        """The step that each busy rank is at."""
+        self.ahead = ahead
+        """Whether ranks at work take another step."""
+        self._under_way = UnderWay()
         self._joint_steps = count(1)
         self._gatherer = Gatherer(cost, ledger)
         self._placer = Placer.of(config, cost)
@@ -68,26 +73,19 @@ class Scheduler:
     def schedule(self) -> list[Step]:
         """Make a step for each idle team with anything to do; its ranks are busy from now on.
 
-        Ranks that decode jointly wait for each other while there is nothing else to do.
+        Ranks that decode jointly wait for each other while there is nothing else to do. Steps that
+        only decode are followed by the next one at once, whose tokens ranks will know by then.
         """
-        if self._steps and self._decodes_jointly:
-            return []
-        config = self.config
-        draft = Draft(
-            self._idle_ranks(),
-            self.ledger.num_ranks,
-            config.max_num_batched_tokens,
-            config.max_step_time,
-            config.page_size,
-            self.cost,
-        )
-        self._decode(draft)
-        self._admit(draft)
-        self._prefill(draft)
-        steps = draft.steps(self._running.teams, self._joint_steps)
-        for step in steps:
-            self._steps |= dict.fromkeys(step.plans, step)
-        if not self._steps and self.running:
+        steps: list[Step] = []
+        if not (self._under_way and self._decodes_jointly):
+            draft = self._draft(self._idle_ranks())
+            self._decode(draft)
+            self._admit(draft)
+            self._prefill(draft)
+            steps += self._begin(draft)
+        if self.ahead:
+            steps += self._look_ahead()
+        if not self._under_way and self.running:
             # Claims keep this from happening as far as is known; if prompts should ever hold each
             # other's pages all the same, the last gives way rather than all stand still.
             self._preempt(self._running.last())
@@ -97,23 +95,19 @@ class Scheduler:
     def update(self, results: Mapping[int, RankResult]) -> list[Request]:
         """Take what ranks give back; returns the requests that drew a token.
 
+        A rank's results come in the order of its steps.
         A step's tokens count when all of its ranks are done.
         """
         drawn: list[Request] = []
-        for rank in sorted(results):
-            step = self._steps[rank]
-            step.results[rank] = results[rank]
-            if len(step.results) == len(step.plans):
-                for done in step.plans:
-                    del self._steps[done]
-                drawn += self._finish(step)
+        for step in self._under_way.take(results):
+            drawn += self._finish(step)
         return drawn
 
     def _finish(self, step: Step) -> list[Request]:
         for gathering in step.gatherings:
             self._gatherer.settle(gathering)
         for request, end, _ in step.chunks:
-            request.in_flight = False
+            request.in_flight -= 1
             self._computed(request, end)
         requests = {chunk.request.request_id: chunk.request for chunk in step.chunks}
         drawn = []
@@ -124,6 +118,8 @@ class Scheduler:
                 drawn.append(request)
         self.num_generated += len(drawn)
         for request in requests.values():
+            if request.in_flight:
+                continue
             if request.finish_reason is not None:
                 self._running.release(request)
             elif request.doomed:
@@ -132,6 +128,44 @@ class Scheduler:
                 self._running.part(request)
         return drawn
 
+    def _draft(self, ranks: Iterable[int]) -> Draft:
+        config = self.config
+        return Draft(
+            ranks,
+            self.ledger.num_ranks,
+            config.max_num_batched_tokens,
+            config.max_step_time,
+            config.page_size,
+            self.cost,
+        )
+
+    def _begin(self, draft: Draft) -> list[Step]:
+        steps = draft.steps(self._running.teams, self._joint_steps)
+        for step in steps:
+            self._under_way.begin(step)
+        return steps
+
+    def _look_ahead(self) -> list[Step]:
+        """The steps after those under way, where they are the same whatever tokens are drawn."""
+        if self.waiting and len(self.running) < self.config.max_num_seqs:
+            return []
+        found: list[Step] = []
+        for step in self._under_way.last:
+            if not self._joins_after(step) and goes_on(step, self._running):
+                draft = self._draft(step.plans)
+                for request, end, _ in step.chunks:
+                    assert request.home is not None
+                    self._give_page(request, request.home, end)
+                    draft.take_decode(decode_chunk(request, request.home, end, self._strategy))
+                found += self._begin(draft)
+        return found
+
+    def _joins_after(self, step: Step) -> bool:
+        """Whether its ranks are about to decode jointly with others, when it is done."""
+        prefilling = self._running.prefilling.keys() - {chunk.request for chunk in step.chunks}
+        few = len(self.running) <= MOST_JOINT_ROWS
+        return self.cost.joins and few and not (prefilling or step.is_joint)
+
     @property
     def _decodes_jointly(self) -> bool:
         num_prompts = len(self.waiting) + len(self._running.prefilling)
@@ -139,10 +173,10 @@ class Scheduler:
 
     def _idle_ranks(self) -> list[int]:
         """The ranks of teams that are not at work."""
-        idle: list[int] = []
+        idle, busy = [], self._under_way.ranks
         for rank in range(self.ledger.num_ranks):
             ranks = self._running.teams.of(rank).ranks
-            if rank not in self._steps and (len(ranks) == 1 or ranks.isdisjoint(self._steps)):
+            if ranks.isdisjoint(busy):
                 idle.append(rank)
         return idle
 
@@ -150,22 +184,27 @@ class Scheduler:
         """Give every decoding request of an idle team its next token."""
         teams = {self._running.teams.of(rank): None for rank in sorted(draft.idle)}
         requests = [request for team in teams for request in team.requests]
-        page_size, prefilling = self.ledger.page_size, self._running.prefilling
+        prefilling = self._running.prefilling
         for request in requests:
             if request in prefilling or request not in self.running:
                 continue  # or preempted for another one in this very loop
             rank = self._next_home(request)
             if rank is None or not draft.idle.issuperset(request.ranks) or not draft.tokens[rank]:
                 continue
-            if request.num_computed % page_size == 0:
-                self._running.hold(request, rank, [Run(request.num_computed, 1)])
-                self._running.claims.renew(request)
-            draft.take_decode(decode_chunk(request, rank, self._strategy))
+            position = request.num_computed
+            self._give_page(request, rank, position)
+            draft.take_decode(decode_chunk(request, rank, position, self._strategy))
             if len(request.holdings) > 1:
                 self._gather(request, draft)
         for request in requests:
             if request in prefilling:
                 draft.add_prefilling(request)
+
+    def _give_page(self, request: Request, rank: int, position: int) -> None:
+        """Give a request the page for a token if it is the first there."""
+        if position % self.ledger.page_size == 0:
+            self._running.hold(request, rank, [Run(position, 1)])
+            self._running.claims.renew(request)
 
     def _next_home(self, request: Request) -> int | None:
         """The rank with room for a decoding request's next token; None if it has to wait.
@@ -248,8 +287,8 @@ class Scheduler:
     def _delays(self, draft: Draft) -> list[float]:
         """How long each rank is predicted to be at work before a new prompt's turn comes."""
         delays = list(draft.decode_seconds)
-        for rank, step in self._steps.items():
-            delays[rank] = step.seconds
+        for rank, seconds in self._under_way.seconds.items():
+            delays[rank] = seconds
         for request in self._running.prefilling:
             seconds = self.cost.prefill_seconds(
                 request.num_pending, request.num_computed, len(request.ranks)
@@ -290,7 +329,8 @@ class Scheduler:
         forced = self.config.attention_strategy
         if forced != "auto":
             return forced
-        begins_page = request.num_computed % self.ledger.page_size == 0
+        begin = min(run.start for shard in shards for run in shard.queries)
+        begins_page = begin % self.ledger.page_size == 0
         request.choice = decide(shards, self.cost, request.choice, begins_page)
         return request.choice.strategy
 

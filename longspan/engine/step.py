@@ -48,17 +48,20 @@ def prefill_chunk(
     for rank, new in runs.items():
         request.holdings[rank].tokens += sum(run.length for run in new)
     end, request.home = max((new[-1].end, rank) for rank, new in runs.items())
-    request.in_flight = True
+    request.in_flight += 1
     strategy = choose(request, shards)
     draws = end == request.num_tokens
     return Chunk(request, end, Segment(request.request_id, strategy, shards, draws))
 
 
 def decode_chunk(
-    request: Request, rank: int, choose: Callable[[Request, Sequence[Shard]], Strategy]
+    request: Request,
+    rank: int,
+    position: int,
+    choose: Callable[[Request, Sequence[Shard]], Strategy],
 ) -> Chunk:
-    """The next token of a decoding request, on a rank that has the page for it."""
-    new, holdings = (Run(request.num_computed, 1),), request.holdings
+    """The next token of a decoding request, on a rank that has the page for its position."""
+    new, holdings = (Run(position, 1),), request.holdings
     shards = tuple(
         Shard(holder, new, holding.tokens, new)
         if holder == rank
@@ -70,9 +73,8 @@ def decode_chunk(
     strategy: Strategy = "local" if len(shards) == 1 else choose(request, shards)
     holdings[rank].tokens += 1
     request.home = rank
-    request.in_flight = True
-    end = request.num_computed + 1
-    return Chunk(request, end, Segment(request.request_id, strategy, shards))
+    request.in_flight += 1
+    return Chunk(request, position + 1, Segment(request.request_id, strategy, shards))
 
 
 class Gathering(NamedTuple):
@@ -83,7 +85,7 @@ class Gathering(NamedTuple):
     places: Sequence[Place]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Step:
     """What ranks that have requests in common compute together."""
 
@@ -101,16 +103,20 @@ class Step:
             sum(shard.num_queries for shard in chunk.segment.shards) == 1 for chunk in self.chunks
         )
 
+    @property
+    def is_joint(self) -> bool:
+        return any(plan.joint for plan in self.plans.values())
+
     def make_joint_plans(self, ranks: tuple[int, ...], number: int) -> None:
         """Tell ranks to compute all of the step together, also those that hold none of its keys."""
         packed: list[int] = []
         samplings: dict[int, list[Sampling]] = {rank: [] for rank in ranks}
-        for row, (request, _, segment) in enumerate(self.chunks):
+        for row, (request, end, segment) in enumerate(self.chunks):
             for run in (run for shard in segment.shards for run in shard.queries):
                 packed += request.tokens_of(run)
             if segment.draws:
                 assert request.home is not None
-                samplings[request.home].append(request.sampling(row))
+                samplings[request.home].append(request.sampling(row, end))
         moves = list(_moves(self.gatherings))
         for rank in ranks:
             parts = (
@@ -127,7 +133,7 @@ class Step:
         packed: dict[int, list[int]] = {}
         parts: dict[int, list[Part]] = {}
         samplings: dict[int, list[Sampling]] = {}
-        for request, _, segment in self.chunks:
+        for request, end, segment in self.chunks:
             holdings = request.holdings
             for shard in segment.shards:
                 rank = shard.rank
@@ -137,7 +143,7 @@ class Step:
                 for run in shard.queries:
                     packed[rank] += request.tokens_of(run)
                 if rank == request.home and segment.draws:
-                    samplings[rank].append(request.sampling(len(packed[rank]) - 1))
+                    samplings[rank].append(request.sampling(len(packed[rank]) - 1, end))
         moves = list(_moves(self.gatherings))
         self.plans = {
             rank: RankPlan(

@@ -7,6 +7,7 @@ import selectors
 import time
 import weakref
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -46,7 +47,8 @@ class ChannelExecutor(ABC):
         self._models: dict[int, str] = {}
         """Where ranks have the model, if not at `config.model`."""
         self._selector = selectors.DefaultSelector()
-        self._at_work: set[int] = set()
+        self._at_work: Counter[int] = Counter()
+        """How many steps each rank is still to do."""
         self.close = weakref.finalize(self, _stop, self._selector, self._channels, self._hosts)
         try:
             config, rendezvous = self._start_ranks(config)
@@ -58,6 +60,7 @@ class ChannelExecutor(ABC):
         if config.num_ranks > 1:
             logger.info("ranks exchange tensors over %s", ready[0].transport)
         self.joins = ready[0].joins
+        self.queues = True
         self.num_pages = tuple(ready[rank].num_pages for rank in range(config.num_ranks))
         messages = [one for message in ready.values() for one in message.messages]
         self.rates = with_links(ready[0].rates, messages)
@@ -70,7 +73,7 @@ class ChannelExecutor(ABC):
         """
 
     def start(self, plans: Mapping[int, RankPlan]) -> None:
-        """Begin a step on ranks that are not at work. A dead rank is noticed by `wait`.
+        """Begin a step, or queue it. A dead rank is noticed by `wait`.
 
         Raises:
             EngineStoppedError: the fleet has been stopped before.
@@ -79,7 +82,7 @@ class ChannelExecutor(ABC):
             raise EngineStoppedError("the engine has been stopped; make a new one")
         try:
             for rank, plan in plans.items():
-                self._at_work.add(rank)
+                self._at_work[rank] += 1
                 with contextlib.suppress(OSError):
                     self._channels[rank].send(Execute(plan))
         except BaseException:  # Ctrl-C: half a message may be sent
@@ -99,7 +102,7 @@ class ChannelExecutor(ABC):
         except BaseException:  # also Ctrl-C: ranks in the middle of a step can't be used again
             self.close()
             raise
-        self._at_work -= done.keys()
+        self._at_work -= Counter(done.keys())
         return {rank: message.result for rank, message in done.items()}
 
     def measure(self) -> list[Samples]:

@@ -49,6 +49,7 @@ class InProcessExecutor:
                 logging.enable_progress_bar()
         self.num_pages = tuple(runner.pool.num_pages for runner in self._runners)
         self.joins = False  # a thread that waits for one that failed could not be ended
+        self.queues = False
         self.rates = rates_of(self._runners[0].device, self._runners[0].dtype)
 
     def start(self, plans: Mapping[int, RankPlan]) -> None:

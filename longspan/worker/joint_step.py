@@ -26,8 +26,6 @@ class JointStep:
         rank: int,
         meeting: Meeting,
     ) -> None:
-        assert plan.joint is not None
-        meeting.begin(plan.joint)
         self.meeting = meeting
         self.pool = pool
         self.kernel = kernel

@@ -4,9 +4,11 @@ import contextlib
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from longspan.compiled import NUMBER, POINTER, SOURCES, function, library
 from longspan.plan import MOST_JOINT_ROWS, Joint
 
 __all__ = ["Meeting"]
@@ -41,6 +43,9 @@ class Meeting:
         self._structure = _Structure(address, ranks, place_floats)
         self.address = ctypes.addressof(self._structure)
         """Of the structure, for kernels."""
+        compiled = library(SOURCES / "joint.cpp")
+        assert compiled is not None  # or nothing could be computed jointly
+        self._largest = function(compiled, "largest", (POINTER, POINTER, NUMBER))
 
     @classmethod
     def open(cls, rank: int, ranks: int, row_floats: int | None, store: Store) -> "Meeting | None":
@@ -80,6 +85,12 @@ class Meeting:
         structure.num_members = len(joint.ranks)
         structure.index = joint.ranks.index(self.rank)
         structure.turn = joint.number << _TURN_BITS
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """Of as many numbers of each rank, below 2^31, the largest one at each place."""
+        array = (ctypes.c_int32 * len(numbers))(*numbers)
+        self._largest(self.address, array, len(numbers))
+        return list(array)
 
 
 def _all(able: bool, what: str, rank: int, ranks: int, store: Store) -> bool:

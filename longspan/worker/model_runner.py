@@ -3,6 +3,7 @@
 import os
 import threading
 
+import msgspec
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -13,7 +14,7 @@ from longspan.cost.kv_shape import KVShape
 from longspan.errors import ConfigError
 from longspan.models import ModelSpec
 from longspan.parallel.transport import Transport
-from longspan.plan import RankPlan, RankResult
+from longspan.plan import UNKNOWN, RankPlan, RankResult
 from longspan.worker import hf_attention
 from longspan.worker.fused_layer import fuse_layers
 from longspan.worker.huge_pages import move_weights
@@ -62,6 +63,8 @@ class ModelRunner:
             use_fast_linears(self.model)
         self.scale = [layer.scaling for layer in probe(self.model, spec.name, spec.max_model_len)]
         self.fused = fuse_layers(self.model) if device.type == "cpu" else []
+        self._drawn: dict[str, int] = {}
+        """The tokens that the last step drew here, by request."""
         self.meeting: Meeting | None = None
         """Where this rank meets others in joint steps, if it can."""
         self.pool = KVPool(
@@ -83,7 +86,7 @@ class ModelRunner:
         The step's moves travel meanwhile; their pages are in the pool when this returns.
         """
         wait_for_moves = start_moves(plan.moves, self.pool, self.transport)
-        step = self._step(plan)
+        step = self._step(self._completed(plan))
         if len(step.token_ids):
             rows = [sampling.row for sampling in plan.samplings]
             logits = self._forward(step, torch.tensor(rows, dtype=torch.int64, device=self.device))
@@ -93,8 +96,27 @@ class ModelRunner:
                 assert isinstance(step, Step)  # a joint one has tokens on all ranks
                 self._serve(step)
             sampled = ()
+        self._drawn = {one.request_id: one.token_id for one in sampled}
         wait_for_moves()
         return RankResult(sampled, self.transport.take_traffic())
+
+    def _completed(self, plan: RankPlan) -> RankPlan:
+        """The plan with the tokens that were not drawn when it was made, and have been since.
+
+        What is computed jointly needs also those that others drew.
+        """
+        rank, meeting = self.transport.rank, self.meeting
+        if plan.joint:
+            assert meeting is not None
+            meeting.begin(plan.joint)
+        if UNKNOWN not in plan.token_ids[:1]:
+            return plan
+        segments = (part.segment for part in plan.parts)
+        names = [s.request_id for s in segments if plan.joint or s.shard(rank).num_queries]
+        drawn = [self._drawn.get(name, UNKNOWN) for name in names]
+        if plan.joint and meeting:
+            drawn = meeting.largest(drawn)
+        return msgspec.structs.replace(plan, token_ids=tuple(drawn))
 
     def _step(self, plan: RankPlan) -> Step | JointStep:
         pool, kernel, scale = self.pool, self.kernel, self.scale

@@ -18,7 +18,7 @@ from longspan.config import EngineConfig
 from longspan.cost.rates import CPU_THREAD, Rates
 from longspan.engine.engine import Engine
 from longspan.models import ModelSpec
-from longspan.plan import Extent, RankPlan, RankResult, Sampled, Sampling
+from longspan.plan import UNKNOWN, Extent, RankPlan, RankResult, Sampled, Sampling
 from longspan.topology import Topology
 
 VOCAB_SIZE = 64
@@ -66,22 +66,28 @@ class SimulatedExecutor:
         self.rates = CPU_THREAD
         self.topology = Topology.of_hosts([len(num_pages)])
         self.joins = False
+        self.queues = True
         self._last_joint = 0
         self.order = order
         self.before_step: Callable[[Plans], None] = lambda plans: None
         self.after_step: Callable[[Plans], None] = lambda plans: None
-        self._at_work: dict[int, _Work] = {}
+        self._at_work: dict[int, list[_Work]] = {}
+        self._drawn: list[dict[str, int]] = [{} for _ in num_pages]
+        """What the last step drew on each rank, by request."""
         self._pools: list[list[list[int | None]]] = [
             [[None] * (pages * page_size) for _layer in range(2)] for pages in num_pages
         ]
 
     def start(self, plans: Plans) -> None:
         assert plans
-        assert not plans.keys() & self._at_work.keys(), "a rank is told to start before it is done"
+        assert all(len(self._at_work.get(rank, ())) < 2 for rank in plans), (
+            "a rank has enough to do"
+        )
         self._check_joint(plans)
         self.before_step(plans)
         work = _Work(dict(plans), set(plans))
-        self._at_work |= dict.fromkeys(plans, work)
+        for rank in plans:
+            self._at_work.setdefault(rank, []).append(work)
 
     def _check_joint(self, plans: Plans) -> None:
         """Those who compute a step jointly are told alike, and know a new number for it."""
@@ -98,7 +104,9 @@ class SimulatedExecutor:
     def wait(self, timeout: float | None = None) -> dict[int, RankResult]:
         results = {}
         for rank in self.order(list(self._at_work)):
-            work = self._at_work.pop(rank)
+            work = self._at_work[rank].pop(0)
+            if not self._at_work[rank]:
+                del self._at_work[rank]
             if not work.results:
                 work.results = self._execute(work.plans)
             work.busy.remove(rank)
@@ -112,14 +120,31 @@ class SimulatedExecutor:
         cached: dict[str, list[int]] = {}
         new: dict[str, list[_Token]] = {}
         for rank, plan in plans.items():
-            self._read(rank, plan, cached, new)
+            self._read(rank, plan, self._tokens(rank, plan), cached, new)
         states: dict[tuple[int, int], int] = {}
         for request_id, tokens in new.items():
             self._forward(tokens, cached[request_id], states)
-        return {
+        results = {
             rank: RankResult(tuple(draw(states[rank, s.row], s) for s in plan.samplings), {})
             for rank, plan in plans.items()
         }
+        for rank, result in results.items():
+            self._drawn[rank] = {one.request_id: one.token_id for one in result.sampled}
+        return results
+
+    def _tokens(self, rank: int, plan: RankPlan) -> Sequence[int]:
+        """A plan's tokens, also those that were not drawn when it was made.
+
+        A rank knows what it drew itself; those who compute jointly tell each other.
+        """
+        if UNKNOWN not in plan.token_ids:
+            return plan.token_ids
+        knowing = self._drawn if plan.joint else [self._drawn[rank]]
+        known = {name: token for drawn in knowing for name, token in drawn.items()}
+        asked = (part.segment for part in plan.parts)
+        names = [s.request_id for s in asked if plan.joint or s.shard(rank).num_queries]
+        assert plan.token_ids == (UNKNOWN,) * len(names), "all are unknown, one of each request"
+        return [known[name] for name in names]
 
     def _move(self, plans: Plans) -> None:
         for rank, plan in plans.items():
@@ -142,7 +167,12 @@ class SimulatedExecutor:
             pool[slot] = 0
 
     def _read(
-        self, rank: int, plan: RankPlan, cached: dict[str, list[int]], new: dict[str, list[_Token]]
+        self,
+        rank: int,
+        plan: RankPlan,
+        token_ids: Sequence[int],
+        cached: dict[str, list[int]],
+        new: dict[str, list[_Token]],
     ) -> None:
         """One rank's part: the sums of its cached keys in each layer, and its new tokens."""
         row = 0
@@ -157,7 +187,7 @@ class SimulatedExecutor:
             tokens = new.setdefault(segment.request_id, [])
             positions = [p for run in shard.queries for p in range(run.start, run.end)]
             for place, position in enumerate(positions, shard.cached):
-                tokens.append(_Token(position, plan.token_ids[row], rank, row, slots[place]))
+                tokens.append(_Token(position, token_ids[row], rank, row, slots[place]))
                 row += 1
             if plan.joint:  # a token of each part, whoever writes its key
                 row = index

@@ -42,7 +42,8 @@ CACHING = {
 class Watched:
     """An engine whose steps are written down; ranks in `held` are not done until they are let go.
 
-    A step is told as the ranks that are in it and the segments of its requests.
+    A step is told as the ranks that are in it and the segments of its requests. The next one is
+    not planned before it is done, so that a test knows which one is under way.
     """
 
     def __init__(self, num_pages: Sequence[int], **options: object) -> None:
@@ -51,7 +52,7 @@ class Watched:
             num_pages,
             page_size=PAGE,
             order=lambda ranks: [rank for rank in ranks if rank not in self.held],
-            **options,
+            **{"async_scheduling": False, **options},
         )
         self.steps: list[tuple[set[int], dict[str, Segment]]] = []
         executor.before_step = self._note

@@ -43,6 +43,7 @@ def fleets(draw: st.DrawFn) -> Fleet:
             "max_step_time": draw(st.sampled_from((None, 0.2, 0.005))),
             "rates": draw(st.sampled_from((CPU_THREAD, FAST_LINKS, SLOW))),
             "joins": draw(st.booleans()),
+            "async_scheduling": draw(st.booleans()),
         },
     )
 
@@ -98,6 +99,7 @@ def test_no_invariant_breaks_in_a_hundred_thousand_steps() -> None:
         "pages shared",
         "preemptions",
         "requests over all ranks",
+        "steps ahead",
         "victims doomed",
     ):
         assert seen[event] > STEPS / 20_000, f"{event}: too seldom to show anything"

@@ -39,6 +39,7 @@ def fleets(draw: st.DrawFn) -> Fleet:
             "max_step_time": draw(st.sampled_from((None, 0.2, 0.005))),
             "rates": draw(st.sampled_from((CPU_THREAD, FAST_LINKS, SLOW))),
             "joins": draw(st.booleans()),
+            "async_scheduling": draw(st.booleans()),
             "attention_strategy": draw(st.sampled_from(get_args(AttentionStrategy))),
         },
     )
