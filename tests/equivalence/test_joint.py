@@ -14,7 +14,7 @@ import zoo
 
 from longspan import LLM, SamplingParams
 from longspan.errors import RankFailedError
-from longspan.plan import RankPlan
+from longspan.plan import UNKNOWN, RankPlan
 from longspan.worker.processes import ProcessExecutor
 
 LENGTHS = (1, 2, 31, 65, 200)
@@ -66,6 +66,8 @@ def test_tokens_are_those_of_generate(tmp_path: Path, name: str) -> None:
     assert len(joint) > 2 * 2 * (NEW - 10)
     assert {len(plan.token_ids) for plan in joint} >= {1, len(LENGTHS)}
     assert any(not part.extents for plan in joint for part in plan.parts), "none has no keys"
+    ahead = [plan for plan in joint if UNKNOWN in plan.token_ids]
+    assert len(ahead) > len(joint) / 2, "ranks tell each other what they have drawn"
     expected = [reference.greedy(model, prompt, NEW) for prompt in prompts]
     assert [output.outputs[0].token_ids for output in several] == expected
     assert alone[0].outputs[0].token_ids == expected[2]

@@ -54,3 +54,34 @@ def test_tokens_of_processes_are_those_of_generate(
     expected = [reference.greedy(model, prompt, 24) for prompt in prompts]
     assert [output.outputs[0].token_ids for output in first] == expected
     assert [output.outputs[0].token_ids for output in again] == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_texts_that_end_by_themselves_leave_no_page_behind(
+    model_folder: Callable[[str], Path], ranks: int
+) -> None:
+    """Ranks have begun the next token when the engine learns that a text is at its end."""
+    folder = model_folder("llama")
+    model = reference.load(folder)
+    prompts = [reference.prompt(length) for length in LENGTHS]
+    texts = [reference.greedy(model, prompt, 24) for prompt in prompts]
+    with LLM(
+        str(folder),
+        context_parallel_size=ranks,
+        kv_cache_tokens=1000,
+        enable_prefix_caching=False,
+        distributed_executor_backend="mp",
+    ) as llm:
+        for _ in range(2):
+            params = [
+                SamplingParams(temperature=0, max_tokens=24, stop_token_ids=[text[number + 5]])
+                for number, text in enumerate(texts)
+            ]
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            for output, text, asked in zip(outputs, texts, params, strict=True):
+                assert asked.stop_token_ids
+                end = text.index(asked.stop_token_ids[0]) + 1
+                assert output.outputs[0].token_ids == text[:end]
+        while llm.engine.has_requests:
+            llm.engine.step()
+        assert [usage.used for usage in llm.engine.kv_usage] == [0] * ranks
