@@ -171,6 +171,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "kv_cache_tokens": (800, 400, 800),
     "page_size": 8,
     "enable_prefix_caching": False,
+    "async_scheduling": False,
     "max_num_batched_tokens": 512,
     "max_num_seqs": 7,
     "max_step_time": 0.5,

@@ -137,6 +137,7 @@ class _Simulation:
             cost,
             token_of=self._token_of,
             on_start=self._watch,
+            queues=config.num_ranks > 1,
         )
         self._engine = Engine(config, spec, self._executor, clock=self._executor.clock)
         self._figures: dict[int, RequestFigures] = {}

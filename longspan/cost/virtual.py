@@ -27,6 +27,7 @@ class VirtualExecutor:
         token_of: Callable[[Sampling], int] = lambda sampling: 0,
         done_at: Callable[[float, Plans], Mapping[int, float]] | None = None,
         on_start: Callable[[Plans], None] = lambda plans: None,
+        queues: bool = True,
     ) -> None:
         self.num_pages = tuple(num_pages)
         self.page_size = page_size
@@ -34,7 +35,7 @@ class VirtualExecutor:
         self.rates = cost.rates
         self.topology = cost.topology
         self.joins = cost.joins
-        self.queues = False
+        self.queues = queues
         self.time = 0.0
         """Seconds since the beginning; may be set to a later time while no rank is at work."""
         self.num_steps = 0
@@ -43,7 +44,9 @@ class VirtualExecutor:
         self._token_of = token_of
         self._done_at = done_at or self._predicted
         self._on_start = on_start
-        self._plans: dict[int, RankPlan] = {}
+        self._plans: dict[int, list[RankPlan]] = {}
+        self._ready = [0.0] * len(num_pages)
+        """When each rank is done with all that it was given."""
         self._ends: list[tuple[float, int]] = []
 
     def clock(self) -> float:
@@ -55,11 +58,13 @@ class VirtualExecutor:
         return bool(self._plans)
 
     def start(self, plans: Plans) -> None:
-        """Begin a step on ranks that are not at work."""
+        """Begin a step, or queue it."""
         self._on_start(plans)
         self.num_steps += 1
-        self._plans |= plans
-        for rank, time in self._done_at(self.time, plans).items():
+        begin = max(self.time, *(self._ready[rank] for rank in plans))
+        for rank, time in self._done_at(begin, plans).items():
+            self._plans.setdefault(rank, []).append(plans[rank])
+            self._ready[rank] = time
             heappush(self._ends, (time, rank))
 
     def wait(self, timeout: float | None = None) -> dict[int, RankResult]:
@@ -72,9 +77,11 @@ class VirtualExecutor:
             return {}
         self.time = max(first, self.time)
         results = {}
-        while self._ends and self._ends[0][0] <= self.time:
+        while self._ends and self._ends[0][0] <= self.time and self._ends[0][1] not in results:
             _, rank = heappop(self._ends)
-            token_of, samplings = self._token_of, self._plans.pop(rank).samplings
+            token_of, samplings = self._token_of, self._plans[rank].pop(0).samplings
+            if not self._plans[rank]:
+                del self._plans[rank]
             drawn = [Sampled(sampling.request_id, token_of(sampling)) for sampling in samplings]
             results[rank] = RankResult(tuple(drawn), {})
         return results

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 
+from longspan.config import EngineConfig
 from longspan.cost.model import CostModel
 from longspan.engine.request import Request
 from longspan.engine.step import Chunk, Gathering, Step
@@ -28,18 +29,16 @@ class Draft:
         self,
         idle: Iterable[int],
         num_ranks: int,
-        max_tokens: int,
-        max_seconds: float | None,
-        page_size: int,
+        config: EngineConfig,
         cost: CostModel,
     ) -> None:
         self.idle = set(idle)
         self.cost = cost
-        self.page_size = page_size
-        self.max_seconds = inf if max_seconds is None else max_seconds
+        self.page_size = config.page_size
+        self.max_seconds = inf if config.max_step_time is None else config.max_step_time
         self.tokens = [0] * num_ranks
         for rank in self.idle:
-            self.tokens[rank] = max_tokens
+            self.tokens[rank] = config.max_num_batched_tokens
         self.decode_seconds = [0.0] * num_ranks
         self.prefill_seconds = [0.0] * num_ranks
         self.prefilling: list[Request] = []

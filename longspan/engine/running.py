@@ -36,6 +36,9 @@ class Running:
         self.prefilling[request] = None
         self.teams.add(request)
         self.claims.renew(request)
+        if request.metrics.first_scheduled_time is None:
+            request.metrics.first_scheduled_time = request.clock()
+            request.num_cached_tokens = request.num_computed
 
     def release(self, request: Request) -> None:
         """Take a request and its keys from its ranks."""
@@ -83,6 +86,12 @@ class Running:
         taken = (page for extent in extents for page in range(extent.start, extent.end))
         for index, page in zip(begun, taken, strict=True):
             request.places[index] = Place(rank, page)
+
+    def hold_next(self, request: Request, rank: int, position: int) -> None:
+        """Give a decoding request the page for its next token, if that begins one."""
+        if position % self.ledger.page_size == 0:
+            self.hold(request, rank, [Run(position, 1)])
+            self.claims.renew(request)
 
     def _by_homes(self, ranks: list[int]) -> list[int]:
         """The ranks in the order in which they should become its home: fewest homes first."""

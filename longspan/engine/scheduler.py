@@ -8,18 +8,18 @@ from longspan.config import EngineConfig
 from longspan.cost.choice import decide
 from longspan.cost.model import CostModel
 from longspan.engine.admission import Admission
-from longspan.engine.ahead import goes_on
+from longspan.engine.ahead import goes_on, joins_after
 from longspan.engine.cut import cut
 from longspan.engine.draft import Draft
 from longspan.engine.gather import Gatherer
 from longspan.engine.ledger import Ledger
-from longspan.engine.placement import Placement, Placer
+from longspan.engine.placement import Placer
 from longspan.engine.prefix_cache import Hit
 from longspan.engine.request import Request
 from longspan.engine.running import Running, by_order
 from longspan.engine.step import Step, decode_chunk, prefill_chunk
 from longspan.engine.under_way import UnderWay
-from longspan.plan import MOST_JOINT_ROWS, RankResult, Run, Shard, Strategy
+from longspan.plan import MOST_JOINT_ROWS, RankResult, Shard, Strategy
 
 LOOKAHEAD = 8
 """So many waiting requests whose ranks are busy or full may be passed by others in a round."""
@@ -78,7 +78,7 @@ class Scheduler:
         """
         steps: list[Step] = []
         if not (self._under_way and self._decodes_jointly):
-            draft = self._draft(self._idle_ranks())
+            draft = self._draft(self._running.teams.without(self._under_way.ranks))
             self._decode(draft)
             self._admit(draft)
             self._prefill(draft)
@@ -129,15 +129,7 @@ class Scheduler:
         return drawn
 
     def _draft(self, ranks: Iterable[int]) -> Draft:
-        config = self.config
-        return Draft(
-            ranks,
-            self.ledger.num_ranks,
-            config.max_num_batched_tokens,
-            config.max_step_time,
-            config.page_size,
-            self.cost,
-        )
+        return Draft(ranks, self.ledger.num_ranks, self.config, self.cost)
 
     def _begin(self, draft: Draft) -> list[Step]:
         steps = draft.steps(self._running.teams, self._joint_steps)
@@ -151,34 +143,20 @@ class Scheduler:
             return []
         found: list[Step] = []
         for step in self._under_way.last:
-            if not self._joins_after(step) and goes_on(step, self._running):
+            will_join = self.cost.joins and joins_after(step, self._running)
+            if not will_join and goes_on(step, self._running):
                 draft = self._draft(step.plans)
                 for request, end, _ in step.chunks:
                     assert request.home is not None
-                    self._give_page(request, request.home, end)
+                    self._running.hold_next(request, request.home, end)
                     draft.take_decode(decode_chunk(request, request.home, end, self._strategy))
                 found += self._begin(draft)
         return found
-
-    def _joins_after(self, step: Step) -> bool:
-        """Whether its ranks are about to decode jointly with others, when it is done."""
-        prefilling = self._running.prefilling.keys() - {chunk.request for chunk in step.chunks}
-        few = len(self.running) <= MOST_JOINT_ROWS
-        return self.cost.joins and few and not (prefilling or step.is_joint)
 
     @property
     def _decodes_jointly(self) -> bool:
         num_prompts = len(self.waiting) + len(self._running.prefilling)
         return self.cost.joins and not num_prompts and len(self.running) <= MOST_JOINT_ROWS
-
-    def _idle_ranks(self) -> list[int]:
-        """The ranks of teams that are not at work."""
-        idle, busy = [], self._under_way.ranks
-        for rank in range(self.ledger.num_ranks):
-            ranks = self._running.teams.of(rank).ranks
-            if ranks.isdisjoint(busy):
-                idle.append(rank)
-        return idle
 
     def _decode(self, draft: Draft) -> None:
         """Give every decoding request of an idle team its next token."""
@@ -192,19 +170,13 @@ class Scheduler:
             if rank is None or not draft.idle.issuperset(request.ranks) or not draft.tokens[rank]:
                 continue
             position = request.num_computed
-            self._give_page(request, rank, position)
+            self._running.hold_next(request, rank, position)
             draft.take_decode(decode_chunk(request, rank, position, self._strategy))
             if len(request.holdings) > 1:
                 self._gather(request, draft)
         for request in requests:
             if request in prefilling:
                 draft.add_prefilling(request)
-
-    def _give_page(self, request: Request, rank: int, position: int) -> None:
-        """Give a request the page for a token if it is the first there."""
-        if position % self.ledger.page_size == 0:
-            self._running.hold(request, rank, [Run(position, 1)])
-            self._running.claims.renew(request)
 
     def _next_home(self, request: Request) -> int | None:
         """The rank with room for a decoding request's next token; None if it has to wait.
@@ -265,16 +237,10 @@ class Scheduler:
             ):
                 num_passed += 1
                 continue
-            self._start(request, placement)
+            self.waiting.remove(request)
+            self._running.start(request, placement)
             if draft.idle.issuperset(request.ranks):
                 draft.add_prefilling(request)
-
-    def _start(self, request: Request, placement: Placement) -> None:
-        self.waiting.remove(request)
-        self._running.start(request, placement)
-        if request.metrics.first_scheduled_time is None:
-            request.metrics.first_scheduled_time = request.clock()
-            request.num_cached_tokens = request.num_computed
 
     def _cached(self, request: Request) -> list[Hit]:
         """Where its first pages already are; at least one token is left to compute."""

@@ -1,5 +1,6 @@
 """Which ranks step together: those that have a request in common, and no others."""
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from longspan.engine.request import Request
@@ -21,6 +22,11 @@ class Teams:
 
     def of(self, rank: int) -> Team:
         return self._team_of[rank]
+
+    def without(self, busy: Set[int]) -> list[int]:
+        """The ranks of the teams in which nobody is busy."""
+        teams = enumerate(self._team_of)
+        return [rank for rank, team in teams if team.ranks.isdisjoint(busy)]
 
     def add(self, request: Request) -> None:
         """Put a request on its ranks, or on more of them than before."""

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longspan.config import EngineConfig
 from longspan.engine.detokenizer import Detokenizer
 from longspan.engine.draft import ALONE, MAX_SHARES, Draft
 from longspan.engine.request import Request
@@ -43,8 +44,17 @@ def a_request(tokens: int, ranks: list[int], priority: int = 0) -> Request:
     return request
 
 
+def config(max_tokens: int, max_seconds: float | None) -> EngineConfig:
+    return EngineConfig(
+        model="model",
+        max_num_batched_tokens=max_tokens,
+        max_step_time=max_seconds,
+        page_size=PAGE,
+    )
+
+
 def draft_of(max_tokens: int, max_seconds: float | None, *requests: Request) -> Draft:
-    draft = Draft(range(3), 3, max_tokens, max_seconds, PAGE, Cost())
+    draft = Draft(range(3), 3, config(max_tokens, max_seconds), Cost())
     for request in requests:
         draft.add_prefilling(request)
     return draft
@@ -156,7 +166,7 @@ def test_a_prompt_that_is_alone_and_keeps_nobody_waiting_may_take_longer() -> No
 
 
 def test_there_is_room_while_some_idle_rank_has_a_token_left() -> None:
-    draft = Draft([0, 2], 3, 9, None, PAGE, Cost())
+    draft = Draft([0, 2], 3, config(9, None), Cost())
     assert draft.has_room
     draft.tokens[0] = 0
     assert draft.has_room

@@ -79,6 +79,7 @@ class Recorder:
         self.rates = executor.rates
         self.topology = executor.topology
         self.joins = executor.joins
+        self.queues = executor.queues
         self.events: list[Event] = []
         self.entries: list[Entry] = []
         self.groups: dict[str, Group] = {}
@@ -211,6 +212,7 @@ def replay(
         CostModel.of(spec, recorder.rates, recorder.topology, joins=recorder.joins),
         token_of=token_of,
         done_at=done_at,
+        queues=recorder.queues,
     )
     executor.time = recorder.events[0].time
     copy = Recorder(executor, executor.clock)
