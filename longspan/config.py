@@ -81,7 +81,8 @@ class EngineConfig:
     max_step_time: float | None = option(
         0.1,
         "Predicted seconds after which no more prompt tokens are put into a step, so that others "
-        "are not kept waiting (eight times as many for a prompt that is alone); None: no limit.",
+        "are not kept waiting (eight times as many for a prompt that is alone, sixteen times over "
+        "several ranks); None: no limit.",
     )
     min_tokens_per_rank: int | None = option(
         None,

@@ -15,7 +15,7 @@ from longspan.cost.limits import Limit, ModelOf, limit_of
 from longspan.cost.model import CostModel
 from longspan.cost.rates import Rates
 from longspan.engine.admission import fair_degree
-from longspan.engine.draft import ALONE, MAX_SHARES
+from longspan.engine.draft import MAX_SHARES, lone_factor
 from longspan.engine.placement import Fleet, Placer
 from longspan.engine.scheduler import LOOKAHEAD
 from longspan.engine.shard import fair_shares, zigzag
@@ -145,7 +145,7 @@ class Forecaster:
         config, base = self.config, self.cost.base_seconds
         each = config.max_num_batched_tokens // shares
         if config.max_step_time is not None:
-            most = config.max_step_time * (ALONE if shares == 1 else 1)
+            most = config.max_step_time * (lone_factor(degree) if shares == 1 else 1)
             seconds = max(most - base, base) / shares
             within = self.cost.tokens_within(seconds, cached, degree)
             each = min(each, -(-within // degree))

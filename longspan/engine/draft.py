@@ -13,8 +13,13 @@ from longspan.engine.teams import Team, Teams
 MAX_SHARES = 4
 """Prompts too long for what is left of a step share it, but not among more than so many."""
 
-ALONE = 8
-"""A prompt that keeps nobody waiting may take so many times as long, as longer steps cost less."""
+
+def lone_factor(degree: int) -> int:
+    """How many times as long a prompt over so many ranks may take that keeps nobody waiting.
+
+    Longer steps cost less, the more so where ranks wait for each other in each layer.
+    """
+    return 8 if degree == 1 else 16
 
 
 class Draft:
@@ -43,6 +48,8 @@ class Draft:
         self.prefill_seconds = [0.0] * num_ranks
         self.prefilling: list[Request] = []
         self.num_prompts = [0] * num_ranks
+        self.degrees = [1] * num_ranks
+        """Over how many ranks the prompt is that came last, for each of its ranks."""
         self.num_prefilling: Counter[tuple[int, int]] = Counter()
         """How many prompts of each priority are still to get their part, by priority and rank."""
         self.chunks: list[Chunk] = []
@@ -51,7 +58,8 @@ class Draft:
     def prefill_time(self, rank: int) -> float:
         """How many seconds prefill may take on a rank."""
         base, alone = self.cost.base_seconds, not self.decode_seconds[rank]
-        most = self.max_seconds * (ALONE if alone and self.num_prompts[rank] == 1 else 1)
+        is_only = alone and self.num_prompts[rank] == 1
+        most = self.max_seconds * (lone_factor(self.degrees[rank]) if is_only else 1)
         return max(most - base - self.decode_seconds[rank], base)
 
     @property
@@ -86,6 +94,7 @@ class Draft:
         for rank in request.ranks:
             self.num_prefilling[request.order[0], rank] += 1
             self.num_prompts[rank] += 1
+            self.degrees[rank] = len(request.ranks)
 
     def remove_prefilling(self, request: Request, ranks: Sequence[int]) -> None:
         """A prompt has got its part on these ranks, or none."""

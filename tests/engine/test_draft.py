@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from longspan.config import EngineConfig
 from longspan.engine.detokenizer import Detokenizer
-from longspan.engine.draft import ALONE, MAX_SHARES, Draft
+from longspan.engine.draft import MAX_SHARES, Draft, lone_factor
 from longspan.engine.request import Request
 from longspan.engine.step import Chunk, prefill_chunk
 from longspan.plan import Run
@@ -108,8 +108,9 @@ def test_no_rank_computes_for_longer_than_it_may_but_for_a_page_each(
     for request in requests:
         take(draft, request)
     for rank, seconds in enumerate(draft.prefill_seconds):
-        number = sum(rank in request.ranks for request in requests)
-        most = max_seconds * (ALONE if number == 1 else 1)
+        degrees = [len(request.ranks) for request in requests if rank in request.ranks]
+        number = len(degrees)
+        most = max_seconds * (lone_factor(degrees[0]) if number == 1 else 1)
         assert seconds <= max(most - 1, 1) + number * PAGE
 
 
@@ -158,7 +159,7 @@ def test_prefill_may_take_as_long_as_a_step_takes_anyhow() -> None:
 def test_a_prompt_that_is_alone_and_keeps_nobody_waiting_may_take_longer() -> None:
     first, second = a_request(500, [0, 1]), a_request(500, [1])
     draft = draft_of(10_000, 10, first)
-    assert draft.prefill_time(0) == ALONE * 10 - 1
+    assert draft.prefill_time(0) == lone_factor(2) * 10 - 1
     draft.add_prefilling(second)
     assert draft.prefill_time(1) == 9, "not alone"
     draft.decode_seconds[0] = 2
