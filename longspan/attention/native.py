@@ -12,6 +12,7 @@ from longspan.compiled import NUMBER, POINTER, SOURCES, THREADS, function
 SOURCE = SOURCES / "attention.cpp"
 
 _NUMBERS = ctypes.POINTER(NUMBER)
+_STRIDES, _SHAPE = NUMBER * 8, NUMBER * 3
 _ARGUMENTS = (*[POINTER] * 5, _NUMBERS, _NUMBERS, ctypes.c_float, POINTER, NUMBER, THREADS)
 """As in `csrc/attention.cpp`."""
 
@@ -46,19 +47,26 @@ class Native:
             q = q.float()
         if q.stride(2) != 1:
             q = q.contiguous()
-        k, v = kv if kv.stride(3) == 1 else kv.contiguous()
-        assert state.out.stride()[1:] == (q.shape[2], 1)
-        assert state.lse.stride(1) == 1
-        strides = (state.out.stride(0), state.lse.stride(0), *q.stride()[:2])
-        strides += (*k.stride()[:2], *v.stride()[:2])
-        shape = (k.shape[0], q.shape[1] // k.shape[0], q.shape[2])
-        tensors = (state.out, state.lse, q, k, v)
+        if kv.stride(3) != 1:
+            kv = kv.contiguous()
+        # Few calls to PyTorch: each takes a microsecond, in every layer of every token.
+        (_, heads, head_dim), (_, kv_heads, _, _) = q.shape, kv.shape
+        (out_row, *out_rest), (lse_row, lse_head) = state.out.stride(), state.lse.stride()
+        assert out_rest == [head_dim, 1]
+        assert lse_head == 1
+        q_row, q_head, _ = q.stride()
+        to_values, kv_head, slot, _ = kv.stride()
+        keys = kv.data_ptr()
         arguments = (
-            *(tensor.data_ptr() for tensor in tensors),
-            (ctypes.c_int64 * 8)(*strides),
-            (ctypes.c_int64 * 3)(*shape),
+            state.out.data_ptr(),
+            state.lse.data_ptr(),
+            q.data_ptr(),
+            keys,
+            keys + to_values * kv.itemsize,
+            _STRIDES(out_row, lse_row, q_row, q_head, kv_head, slot, kv_head, slot),
+            _SHAPE(kv_heads, heads // kv_heads, head_dim),
             scale,
         )
         threads = torch.get_num_threads()
         for table in work.tables:
-            attend(*arguments, table.data_ptr(), len(table), threads)
+            attend(*arguments, table.data_ptr(), table.shape[0], threads)

@@ -81,22 +81,25 @@ class FusedLayer:
         if args or not self._takes(hidden_states, **kwargs):
             return self.forward(hidden_states, *args, **kwargs)
         x, step = hidden_states[0].contiguous(), kwargs["step"]
-        tables = [table[0].to(x.dtype).contiguous() for table in kwargs["position_embeddings"]]
+        tables = [table.to(x.dtype).contiguous() for table in kwargs["position_embeddings"]]
         rows = step.rows(self.index)
         if rows is None:
             q, k, v = self._project(x, *tables)
             return self._finish(step, q, k, v, x).unsqueeze(0)
         _, k, v = self._project(x, *tables, with_queries=False)
         kept = x[rows]
-        q, _, _ = self._project(kept, *(table[rows] for table in tables))
+        q, _, _ = self._project(kept, *(table[:, rows] for table in tables))
         out = self._finish(step, q, k, v, kept)
         return x.new_zeros(x.shape).index_copy_(0, rows, out).unsqueeze(0)
 
     def _project(
         self, x: Tensor, cos: Tensor, sin: Tensor, *, with_queries: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of rows x [T, N]; none of the first if they aren't wanted."""
-        layer, rows = self._layer, len(x)
+        """Queries, keys and values of rows x [T, N] with cos and sin [1, T, ...].
+
+        Queries may be unwanted; then there are none.
+        """
+        layer, rows = self._layer, x.shape[0]
         q = x.new_empty(rows if with_queries else 0, layer.heads, layer.head_dim)
         k, v = x.new_empty(2, rows, layer.kv_heads, layer.head_dim).unbind()
         if rows:
@@ -116,7 +119,7 @@ class FusedLayer:
 
     def _finish(self, step: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """The layer's output [T, N] of the rows x [T, N] that q [T, H, D] are of."""
-        attention, out, rows = step.attend(self.index, q, k, v), torch.empty_like(x), len(x)
+        attention, out, rows = step.attend(self.index, q, k, v), torch.empty_like(x), x.shape[0]
         to = (x.data_ptr(), out.data_ptr(), rows, self._threads)
         if not isinstance(attention, Tensor):  # a state of this rank's keys alone
             states = (attention.out.data_ptr(), attention.lse.data_ptr())

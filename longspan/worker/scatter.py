@@ -26,7 +26,7 @@ def scatter(pool: Tensor, slots: Tensor, rows: Tensor) -> None:
         rows.data_ptr(),
         rows.stride(0) * size,
         rows.stride(1) * size,
-        len(rows),
-        len(pool),
+        rows.shape[0],
+        pool.shape[0],
         rows.shape[2] * size,
     )
