@@ -60,6 +60,6 @@ class JointStep:
             if len(self._own) < len(k):
                 k, v = k[self._own], v[self._own]
             self.pool.write(layer, self._slots, k, v)
-        state = AttentionState.empty(*q.shape, q.device)
+        state = AttentionState.empty(q.shape[0], q.shape[1], q.shape[2], q.device)
         self.kernel(state, q, self.pool.data[layer], self._work, scale=self.scale[layer])
         return state

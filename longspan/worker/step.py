@@ -106,7 +106,7 @@ class Step:
         """
         self.pool.write(layer, self.slots, k, v)
         attention = self._inner if self.rows(layer) is None else self._last
-        state = AttentionState.empty(*q.shape, q.device)
+        state = AttentionState.empty(q.shape[0], q.shape[1], q.shape[2], q.device)
         kv = self.pool.data[layer]
         jobs = []
         for strategy, exchange, pieces in attention.shared:
