@@ -1,13 +1,13 @@
 // Attention of few queries, as in decode: keys are read once, where they lie, for all query heads of
-// their group. The speed is that of memory: while one part of a block is used, the next one is
-// called up.
+// their group. The speed is that of memory: while one block is used, the next one is called up.
 #pragma once
 
 #include "task.h"
 
 namespace {
 
-constexpr int DIRECT_KEYS = 64;  // of a block: its keys and values stay in cache
+constexpr int DIRECT_KEYS = 64;   // of a block: its keys and values stay in cache
+constexpr int LONG_SPAN = 2048;   // keys from which on what comes next is called up a block earlier
 
 template <typename T, typename Unit>
 class Direct {
@@ -64,8 +64,11 @@ class Direct {
         const int64_t keys = std::min<int64_t>(DIRECT_KEYS, span.keys - first);
         const T* k = call_.k + task.head * call_.k_head + (span.key + first) * call_.k_slot;
         const T* v = call_.v + task.head * call_.v_head + (span.key + first) * call_.v_slot;
-        const T* next = first + DIRECT_KEYS < span.keys ? k + DIRECT_KEYS * call_.k_slot : k;
-        score<ROWS>(k, v, keys);
+        const int64_t ahead = span.keys < LONG_SPAN ? 0 : DIRECT_KEYS;
+        const T* next_v = first + ahead < span.keys ? v + ahead * call_.v_slot : v;
+        const int64_t after = ahead + DIRECT_KEYS;
+        const T* next_k = first + after < span.keys ? k + after * call_.k_slot : k;
+        score<ROWS>(k, next_v, keys);
         multiply<ROWS>(k, call_.k_slot, keys);
         if (span.causal)
             for (int r = 0; r < ROWS; ++r)
@@ -78,14 +81,14 @@ class Direct {
         constexpr int PAIRS = ROWS > 4 ? 1 : (VL == 16 ? 8 : 4) / ROWS;  // by registers
         int64_t d = 0;
         for (; d + PAIRS * 2 * VL <= depth_; d += PAIRS * 2 * VL)
-            weigh<ROWS, PAIRS>(v + d, keys, sums_ + d, factors, next + d * keys);
+            weigh<ROWS, PAIRS>(v + d, keys, sums_ + d, factors, next_k + d * keys);
         for (; d < depth_; d += 2 * VL)
-            weigh<ROWS, 1>(v + d, keys, sums_ + d, factors, next + d * keys);
+            weigh<ROWS, 1>(v + d, keys, sums_ + d, factors, next_k + d * keys);
     }
 
-    // Scores [keys, ROWS]; the values that will be read next are called up.
+    // Scores [keys, ROWS]; as many values at `next` are called up.
     template <int ROWS>
-    void score(const T* k, const T* v, int64_t keys) {
+    void score(const T* k, const T* next, int64_t keys) {
         constexpr int SUMS = VL == 16 && ROWS >= 4 ? 16 : 8;  // accumulators
         constexpr int KEYS = SUMS / ROWS;
         int64_t j = 0;
@@ -97,7 +100,7 @@ class Direct {
                 for (int i = 0; i < KEYS; ++i) {
                     Unit::load_key(k + (j + i) * call_.k_slot + d, x[i]);
                     for (Vector& part : x[i]) part = in_register(part);
-                    call_up<2 * VL>(v + (j + i) * call_.v_slot + d);
+                    call_up<2 * VL>(next + (j + i) * call_.v_slot + d);
                 }
 #pragma GCC unroll 16
                 for (int r = 0; r < PARTS * ROWS; ++r) {
