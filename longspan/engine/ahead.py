@@ -4,7 +4,6 @@ from collections import Counter
 
 from longspan.engine.running import Running
 from longspan.engine.step import Chunk, Step
-from longspan.plan import MOST_JOINT_ROWS
 
 
 def goes_on(step: Step, running: Running) -> bool:
@@ -22,12 +21,6 @@ def goes_on(step: Step, running: Running) -> bool:
         return False
     homes = (request.home for request, end, _ in step.chunks if end % page_size == 0)
     return all(home is not None and free[home] >= n for home, n in Counter(homes).items())
-
-
-def joins_after(step: Step, running: Running) -> bool:
-    """Whether its ranks will decode jointly with others, but have not done so in this step."""
-    prefilling = running.prefilling.keys() - {chunk.request for chunk in step.chunks}
-    return len(running.requests) <= MOST_JOINT_ROWS and not (prefilling or step.is_joint)
 
 
 def _goes_on(chunk: Chunk, page_size: int) -> bool:

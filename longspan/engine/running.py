@@ -7,7 +7,7 @@ from operator import attrgetter
 from longspan.engine.claims import Claims
 from longspan.engine.ledger import Ledger
 from longspan.engine.placement import Placement
-from longspan.engine.prefix_cache import Place
+from longspan.engine.prefix_cache import Hit, Place
 from longspan.engine.request import Request
 from longspan.engine.teams import Teams
 from longspan.plan import Run
@@ -25,6 +25,12 @@ class Running:
         """Those whose known tokens are still being computed; the others draw one in each step."""
         self.claims = Claims(ledger)
         self.teams = Teams(ledger.num_ranks)
+
+    def cached(self, request: Request) -> list[Hit]:
+        """Where a request's first pages already are; at least one token is left to compute."""
+        page_size = self.ledger.page_size
+        pages = (request.num_tokens - 1) // page_size
+        return self.ledger.cache.find(request.page_hashes(pages, page_size))
 
     def start(self, request: Request, placement: Placement) -> None:
         """Give a request its ranks and the cached pages that it begins with."""

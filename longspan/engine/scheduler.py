@@ -8,13 +8,12 @@ from longspan.config import EngineConfig
 from longspan.cost.choice import decide
 from longspan.cost.model import CostModel
 from longspan.engine.admission import Admission
-from longspan.engine.ahead import goes_on, joins_after
+from longspan.engine.ahead import goes_on
 from longspan.engine.cut import cut
 from longspan.engine.draft import Draft
 from longspan.engine.gather import Gatherer
 from longspan.engine.ledger import Ledger
 from longspan.engine.placement import Placer
-from longspan.engine.prefix_cache import Hit
 from longspan.engine.request import Request
 from longspan.engine.running import Running, by_order
 from longspan.engine.step import Step, decode_chunk, prefill_chunk
@@ -77,7 +76,7 @@ class Scheduler:
         only decode are followed by the next one at once, whose tokens ranks will know by then.
         """
         steps: list[Step] = []
-        if not (self._under_way and self._decodes_jointly):
+        if not (self._under_way and self._decodes_jointly()):
             draft = self._draft(self._running.teams.without(self._under_way.ranks))
             self._decode(draft)
             self._admit(draft)
@@ -95,8 +94,8 @@ class Scheduler:
     def update(self, results: Mapping[int, RankResult]) -> list[Request]:
         """Take what ranks give back; returns the requests that drew a token.
 
-        A rank's results come in the order of its steps.
-        A step's tokens count when all of its ranks are done.
+        A rank's results come in the order of its steps. A step's tokens count when all of its ranks
+        are done.
         """
         drawn: list[Request] = []
         for step in self._under_way.take(results):
@@ -139,11 +138,11 @@ class Scheduler:
 
     def _look_ahead(self) -> list[Step]:
         """The steps after those under way, where they are the same whatever tokens are drawn."""
-        if self.waiting and len(self.running) < self.config.max_num_seqs:
+        if self._may_begin:
             return []
         found: list[Step] = []
         for step in self._under_way.last:
-            will_join = self.cost.joins and joins_after(step, self._running)
+            will_join = not step.is_joint and self._decodes_jointly(after=step)
             if not will_join and goes_on(step, self._running):
                 draft = self._draft(step.plans)
                 for request, end, _ in step.chunks:
@@ -154,9 +153,16 @@ class Scheduler:
         return found
 
     @property
-    def _decodes_jointly(self) -> bool:
-        num_prompts = len(self.waiting) + len(self._running.prefilling)
-        return self.cost.joins and not num_prompts and len(self.running) <= MOST_JOINT_ROWS
+    def _may_begin(self) -> bool:
+        """Whether a request waits for which there may be room."""
+        return bool(self.waiting) and len(self.running) < self.config.max_num_seqs
+
+    def _decodes_jointly(self, after: Step | None = None) -> bool:
+        """Whether ranks have nothing to do but to decode together, once a step is done."""
+        done = {chunk.request for chunk in after.chunks} if after else set()
+        prefilling = self._running.prefilling.keys() - done
+        few = len(self.running) <= MOST_JOINT_ROWS
+        return self.cost.joins and few and not (self._may_begin or prefilling)
 
     def _decode(self, draft: Draft) -> None:
         """Give every decoding request of an idle team its next token."""
@@ -227,7 +233,8 @@ class Scheduler:
                 break
             if self.config.enable_prefix_caching and request.follows(self.ledger.page_size):
                 continue
-            placement = admission.place(request, self._cached(request))
+            hits = self._running.cached(request) if self.config.enable_prefix_caching else []
+            placement = admission.place(request, hits)
             if placement is None:
                 break
             cached = len(placement.places) * self.ledger.page_size
@@ -241,14 +248,6 @@ class Scheduler:
             self._running.start(request, placement)
             if draft.idle.issuperset(request.ranks):
                 draft.add_prefilling(request)
-
-    def _cached(self, request: Request) -> list[Hit]:
-        """Where its first pages already are; at least one token is left to compute."""
-        if not self.config.enable_prefix_caching:
-            return []
-        page_size = self.ledger.page_size
-        pages = (request.num_tokens - 1) // page_size
-        return self.ledger.cache.find(request.page_hashes(pages, page_size))
 
     def _delays(self, draft: Draft) -> list[float]:
         """How long each rank is predicted to be at work before a new prompt's turn comes."""

@@ -21,8 +21,9 @@ class UnderWay:
 
     @property
     def last(self) -> list[Step]:
-        """The steps behind which none is queued, whose ranks could take another one."""
-        return list(dict.fromkeys(steps[0] for steps in self._steps.values() if len(steps) == 1))
+        """The steps behind which none is queued on any rank, so that all could take another one."""
+        first = dict.fromkeys(steps[0] for steps in self._steps.values())
+        return [step for step in first if all(len(self._steps[rank]) == 1 for rank in step.plans)]
 
     @property
     def seconds(self) -> dict[int, float]:
